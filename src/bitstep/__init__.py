@@ -1,0 +1,1 @@
+"""Few-bit diffusion models: quantize, pack, sample."""

@@ -1,0 +1,73 @@
+"""b-bit codes <-> bytes, and the one form in which every quantized weight leaves training.
+
+Codes are unsigned. Code ``i`` of a row occupies bits ``[i*b, (i+1)*b)`` of the row's little-endian bit
+stream: bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. Rows start on a byte boundary and the
+bits after the last code are zero. The layout knows no kernel; kernels re-lay weights out when they load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes ``[..., n]`` (integers in ``[0, 2**bits)``) into uint8 ``[..., ceil(n*bits/8)]``."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be in 1..8, got {bits}")
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise ValueError(f"codes must lie in [0, {2**bits - 1}] for {bits} bits")
+    places = torch.arange(bits, device=codes.device)
+    stream = (codes.to(torch.int32).unsqueeze(-1) >> places & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`pack`: uint8 ``[..., bytes]`` -> uint8 codes ``[..., count]``."""
+    if packed.dtype != torch.uint8 or packed.shape[-1] != packed_size(count, bits):
+        raise ValueError(
+            f"expected uint8 rows of {packed_size(count, bits)} bytes for {count} codes of {bits} bits, "
+            f"got {packed.dtype} rows of {packed.shape[-1]}"
+        )
+    stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).flatten(-2)
+    planes = stream[..., : count * bits].unflatten(-1, (count, bits))
+    return (planes << torch.arange(bits, device=packed.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of one packed row."""
+    return (count * bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as codes: ``W = sum_p scale[p] * value(codes[p])`` over ``p`` in the bases.
+
+    ``value(c) = c - zero_point`` for two bits and more; ``value(c) = 2c - 1`` (a sign) for one bit.
+
+    codes: uint8 ``[bases, out, n]``, ``n`` the product of the remaining weight dimensions
+    scale: float32 ``[bases, out]``
+    zero_point: uint8 ``[out]``, or None for one bit
+    shape: the weight's shape, ``(out, ...)``
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    shape: tuple[int, ...]
+
+    def dequantize(self) -> Tensor:
+        """The floating-point weight, float32 ``shape``."""
+        codes = self.codes.to(torch.float32)
+        if self.zero_point is None:
+            signed = 2 * codes - 1
+        else:
+            signed = codes - self.zero_point.to(torch.float32)[:, None]
+        weight = self.scale[0, :, None] * signed[0]
+        for scale, plane in zip(self.scale[1:], signed[1:], strict=True):
+            weight = weight + scale[:, None] * plane
+        return weight.reshape(self.shape)

@@ -1,0 +1,1 @@
+"""Packed layers and the kernels that run them; imports no training code."""

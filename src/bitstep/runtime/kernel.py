@@ -1,0 +1,69 @@
+"""What a kernel is asked to compute, and how it says that it cannot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from bitstep.numerics.packing import QuantizedWeight
+
+Operation = Literal["linear", "conv1d", "conv2d"]
+Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""``forward(x, scale, zero_point) -> y``: x floating point ``[batch, ...]``; scale and zero_point float32
+``[rows]`` with rows 1 or batch (one activation step size per sample), None when activations stay as they are."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer: ``y = op(fake_quantize(x * channel_reciprocal), W) + bias``.
+
+    Tuples have one entry per spatial dimension (empty for ``linear``). ``activation_bits`` is None for a layer
+    with floating-point activations. ``bases`` is 2 for a weight with two sign bases. ``symmetric`` says that every
+    zero point of the weight is ``2**(bits-1)``.
+    """
+
+    op: Operation
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    weight_bits: int
+    bases: int
+    symmetric: bool
+    activation_bits: int | None
+    channel_reciprocal: bool
+    device: str
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors of one packed layer, as on disk.
+
+    bias: float32 ``[out]`` or None
+    channel_reciprocal: float32 ``[in_channels]`` or None; the input is multiplied by it before it is quantized
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    channel_reciprocal: Tensor | None
+
+
+class Kernel(ABC):
+    """One way to run packed layers."""
+
+    name: str
+
+    @abstractmethod
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Why this kernel cannot run ``problem`` here; empty when it can."""
+
+    @abstractmethod
+    def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
+        """Re-lay the weight out once and return the function that runs the layer."""

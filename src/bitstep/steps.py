@@ -1,0 +1,166 @@
+"""Time: which row of a per-timestep table a forward pass uses. The only file that knows about timesteps.
+
+A table has one row per key, the keys being timesteps divided by the schedule's length (Flux already passes t/1000;
+then the unit is 1). The denoiser's own ``timestep`` argument selects the rows: calls are never counted, so guidance
+in two passes, solvers with two evaluations a step, reordered or interrupted sampling, and batches that mix timesteps
+all find their rows. Between two keys a table is interpolated, so that one table serves any number of steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_MARGIN = 1e-4  # schedulers in float16 may pass 1.0002
+
+
+class StepError(RuntimeError):
+    """A per-timestep table was used without a timestep, or with one that the schedule cannot contain."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where timesteps lie in a grid: between rows ``lower`` and ``upper``, at ``fraction`` of the way; each ``[rows]``."""
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+
+
+@dataclass(frozen=True)
+class StepGrid:
+    """The keys of a per-timestep table, ascending in [0, 1], and the timestep that counts as 1."""
+
+    keys: tuple[float, ...]
+    unit: float
+
+    def __post_init__(self) -> None:
+        if not self.keys or any(b <= a for a, b in zip(self.keys, self.keys[1:], strict=False)):
+            raise ValueError("a step grid needs at least one key, strictly ascending")
+        if self.keys[0] < 0 or self.keys[-1] > 1 + _MARGIN or self.unit <= 0:
+            raise ValueError("step grid keys are timesteps divided by a positive unit, and lie in [0, 1]")
+
+    @classmethod
+    def from_timesteps(cls, timesteps: Tensor, unit: float) -> StepGrid:
+        """The grid whose keys are the distinct values of ``timesteps`` (any order)."""
+        return cls(tuple((timesteps.double().unique() / unit).tolist()), unit)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def locate(self, timestep: Tensor | float) -> Position:
+        """Rows for one timestep (scalar) or one per sample ``[batch]``; outside the keys the nearest row is used.
+
+        On an accelerator the check that timesteps lie in [0, unit] is left out: it would wait for the device.
+        """
+        t = torch.as_tensor(timestep).reshape(-1).double() / self.unit
+        if t.device.type == "cpu" and bool(((t < -_MARGIN) | (t > 1 + _MARGIN) | t.isnan()).any()):
+            raise StepError(f"timestep {timestep} lies outside [0, {self.unit:g}]")
+        keys = torch.tensor(self.keys, dtype=torch.float64, device=t.device)
+        upper = torch.searchsorted(keys, t).clamp(max=len(self) - 1)
+        lower = (upper - 1).clamp(min=0)
+        span = (keys[upper] - keys[lower]).clamp(min=1e-12)
+        fraction = ((t - keys[lower]) / span).clamp(0, 1)
+        # on a key, or beyond the last one, both ends are that row: its table entry is then used as it is
+        lower, upper = torch.where(fraction == 1, upper, lower), torch.where(fraction == 0, lower, upper)
+        return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
+
+
+class StepCursor:
+    """The position of the forward pass under way, shared by every quantizer of a model.
+
+    :meth:`attach` hooks it to the denoiser. It deep-copies with the model: the copy's quantizers share the copy's
+    cursor.
+    """
+
+    def __init__(self, grid: StepGrid) -> None:
+        self.grid = grid
+        self._position: Position | None = None
+        self._argument: tuple[int, str] | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where we are; raises :class:`StepError` outside a forward pass of the denoiser."""
+        if self._position is None:
+            raise StepError(
+                "no timestep is set: run the layer inside its denoiser's forward, or under StepCursor.at(timestep)"
+            )
+        return self._position
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Set the position from the ``timestep`` argument of every forward of ``denoiser``, and clear it after."""
+        names = list(inspect.signature(denoiser.forward).parameters)
+        name = next((n for n in TIMESTEP_NAMES if n in names), None)
+        if name is None:
+            raise StepError(f"{type(denoiser).__name__}.forward has no argument named {' or '.join(TIMESTEP_NAMES)}")
+        self._argument = (names.index(name), name)
+        denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
+        denoiser.register_forward_hook(self._leave, always_call=True)
+
+    @contextmanager
+    def at(self, timestep: Tensor | float) -> Iterator[None]:
+        """Hold the position of ``timestep`` for code that runs parts of a denoiser."""
+        with self._hold(self.grid.locate(timestep)):
+            yield
+
+    def checkpoint(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gradient checkpointing that recomputes at the position of the first computation.
+
+        Pass it to diffusers' ``enable_gradient_checkpointing``. The recomputation runs during backward, when the
+        forward pass is over and the cursor is clear or elsewhere. (Reentrant checkpointing would lose the gradient
+        of the tables, which are no inputs of the block.)
+        """
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._hold(self.position)
+
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    @contextmanager
+    def _hold(self, position: Position) -> Iterator[None]:
+        previous, self._position = self._position, position
+        try:
+            yield
+        finally:
+            self._position = previous
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._argument is not None
+        index, name = self._argument
+        timestep = kwargs[name] if name in kwargs else args[index]
+        self._position = self.grid.locate(timestep)
+
+    def _leave(self, *_: Any) -> None:
+        self._position = None
+
+
+def interpolate_scale(scale: Tensor, position: Position) -> Tensor:
+    """Rows of a table of positive scales ``[T]`` -> ``[rows]``, linear in log scale, exact on the keys."""
+    low, high = scale[position.lower], scale[position.upper]
+    return low * (high / low) ** position.fraction
+
+
+def interpolate_zero_point(zero_point: Tensor, position: Position) -> Tensor:
+    """Rows of a table of zero points ``[T]`` -> float32 ``[rows]``, linear; round before use."""
+    low, high = zero_point[position.lower].float(), zero_point[position.upper].float()
+    return low + (high - low) * position.fraction
+
+
+def per_sample(rows: Tensor, x: Tensor) -> Tensor:
+    """Shape ``[rows]`` to broadcast against ``x`` ``[batch, ...]``.
+
+    One row serves the whole batch. With one row per sample, a batch that is a multiple of the samples (attention
+    with its heads folded in) repeats each row for its consecutive entries.
+    """
+    if len(rows) != 1 and len(rows) != len(x):
+        if len(x) % len(rows):
+            raise StepError(f"a batch of {len(x)} cannot be shared among the timesteps of {len(rows)} samples")
+        rows = rows.repeat_interleave(len(x) // len(rows))
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
