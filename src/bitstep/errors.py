@@ -1,0 +1,11 @@
+"""The errors a user may see: each message is one line saying what was wrong, what was expected and how to fix it."""
+
+from __future__ import annotations
+
+
+class BitstepError(Exception):
+    """An operation could not be carried out; the command line exits with code 1."""
+
+
+class UsageError(BitstepError):
+    """The request itself was wrong (an unknown recipe, an impossible option); the command line exits with code 2."""
