@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -27,11 +28,14 @@ class StepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Position:
-    """Where timesteps lie in a grid: between rows ``lower`` and ``upper``, at ``fraction`` of the way; each ``[rows]``."""
+    """Where timesteps lie in a grid: between rows ``lower`` and ``upper``, at ``fraction`` of the way; each ``[rows]``.
+
+    ``fraction`` is None when all are known to lie on their lower row.
+    """
 
     lower: Tensor
     upper: Tensor
-    fraction: Tensor
+    fraction: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class StepGrid:
         fraction = ((t - keys[lower]) / span).clamp(0, 1)
         # on a key, or beyond the last one, both ends are that row: its table entry is then used as it is
         lower, upper = torch.where(fraction == 1, upper, lower), torch.where(fraction == 0, lower, upper)
+        if t.device.type == "cpu" and torch.equal(lower, upper):
+            return Position(lower, upper, None)
         return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
 
 
@@ -143,14 +149,18 @@ class StepCursor:
 
 def interpolate_scale(scale: Tensor, position: Position) -> Tensor:
     """Rows of a table of positive scales ``[T]`` -> ``[rows]``, linear in log scale, exact on the keys."""
-    low, high = scale[position.lower], scale[position.upper]
-    return low * (high / low) ** position.fraction
+    low = scale[position.lower]
+    if position.fraction is None:
+        return low
+    return low * (scale[position.upper] / low) ** position.fraction
 
 
 def interpolate_zero_point(zero_point: Tensor, position: Position) -> Tensor:
     """Rows of a table of zero points ``[T]`` -> float32 ``[rows]``, linear; round before use."""
-    low, high = zero_point[position.lower].float(), zero_point[position.upper].float()
-    return low + (high - low) * position.fraction
+    low = zero_point[position.lower].float()
+    if position.fraction is None:
+        return low
+    return low + (zero_point[position.upper].float() - low) * position.fraction
 
 
 def per_sample(rows: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""The fake-quantized layer that training sees: ``op(input_quantizer(x), weight_quantizer.fake()) + bias``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitstep.quantizers.activations import ActivationQuantizer
+from bitstep.quantizers.weights import WeightQuantizer
+
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Why ``layer`` cannot be quantized, or None when it can."""
+    if not isinstance(layer, QUANTIZABLE):
+        return f"{type(layer).__name__} is not a Linear, Conv1d or Conv2d"
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r} (only zeros)"
+        if isinstance(layer.padding, str):
+            return f"padding given as {layer.padding!r} (only numbers)"
+    return None
+
+
+class FakeQuantized(nn.Module):
+    """A Linear, Conv1d or Conv2d with a fake-quantized weight and, unless ``input_quantizer`` is None, input.
+
+    channel_reciprocal: float32 ``[in]`` or None; the input is multiplied by it before it is quantized (the weight
+    holds its inverse: weight dilation).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv1d | nn.Conv2d,
+        weight_quantizer: WeightQuantizer,
+        input_quantizer: ActivationQuantizer | None,
+        channel_reciprocal: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.register_buffer("channel_reciprocal", channel_reciprocal)
+        self._geometry: dict[str, Any] = {}
+        if not isinstance(layer, nn.Linear):
+            names = ("stride", "padding", "dilation", "groups")
+            self._geometry = {name: getattr(layer, name) for name in names}
+        self._operation = F.linear if isinstance(layer, nn.Linear) else F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+
+    @property
+    def weight(self) -> Tensor:
+        """The quantized weight (diffusers reads ``layer.weight.dtype`` in places)."""
+        return self.weight_quantizer.fake()
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        if self.channel_reciprocal is not None:
+            trailing = 0 if not self._geometry else x.ndim - 2
+            x = x * self.channel_reciprocal.reshape(-1, *[1] * trailing)
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self._operation(x, self.weight, self.bias, **self._geometry)

@@ -1,0 +1,1 @@
+"""Trainable quantizers of weights and activations: thin modules over :mod:`bitstep.numerics`."""

@@ -1,0 +1,40 @@
+"""The activation quantizer: one learned (scale, zero point) per row of the step grid, or a single static one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bitstep.numerics import uniform
+from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor fake quantization with a table of T rows: EfficientDM's TALSQ, DilateQuant's temporal parallel quantizer.
+
+    scale, zero_point: float32 ``[T]``; T is the length of the cursor's grid, or 1 for a static quantizer.
+
+    Forward: the row of each sample's timestep, then :func:`bitstep.numerics.uniform.fake_quantize`. Scales are learned
+    as logarithms (role ``activation_scale``), zero points are rounded with a straight-through gradient (role
+    ``activation_zero_point``). A batch may mix timesteps.
+    """
+
+    def __init__(self, bits: int, scale: Tensor, zero_point: Tensor, cursor: StepCursor) -> None:
+        super().__init__()
+        if len(scale) not in (1, len(cursor.grid)):
+            raise ValueError(f"expected 1 or {len(cursor.grid)} rows, got {len(scale)}")
+        self.bits, self.cursor = bits, cursor
+        self.log_scale = nn.Parameter(scale.log())
+        self.zero_point = nn.Parameter(zero_point.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.tables()
+        if len(scale) > 1:
+            position = self.cursor.position
+            scale = interpolate_scale(scale, position)
+            zero_point = uniform.round_zero_point(interpolate_zero_point(zero_point, position), self.bits)
+        return uniform.fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), self.bits)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Scales and integer-valued zero points, each ``[T]``: what the packed layer stores."""
+        return self.log_scale.exp(), uniform.round_zero_point(self.zero_point, self.bits)
