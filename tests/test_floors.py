@@ -1,0 +1,66 @@
+"""The floors of docs/design.md: a file imports lower floors only, and a packed model runs without training code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "numerics", "steps"),
+    ("calls", "quantizers", "structure", "layers", "optim"),
+    ("surgery",),
+    ("methods",),
+    ("stages",),
+    ("recipe", "run"),
+    ("api",),
+    ("cli", "__init__"),
+)
+BESIDE = ("runtime", "checkpoint")  # lean on floor 0 only; the stages may use them
+FILES = sorted((SOURCE / "bitstep").rglob("*.py"))
+
+
+def unit(module: str) -> str:
+    """``bitstep.stages.load`` -> ``stages``: what the floors are made of."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor(name: str) -> int:
+    return next(height for height, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path: Path) -> set[str]:
+    """Units of the package that ``path`` imports, anywhere in it."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            base = node.module or ""
+            modules |= {f"{base}.{alias.name}" for alias in node.names} if base == "bitstep" else {base}
+    return {unit(module) for module in modules if module.split(".")[0] == "bitstep"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_file_imports_lower_floors_only(path: Path) -> None:
+    here = unit(".".join(path.relative_to(SOURCE).with_suffix("").parts))
+    others = imports(path) - {here}
+    if here in BESIDE:
+        allowed = {*FLOORS[0], *BESIDE[: BESIDE.index(here)]}
+        assert others <= allowed, f"{here} may import {sorted(allowed)} only"
+        return
+    too_high = [name for name in others if name not in BESIDE and floor(name) > floor(here)]
+    assert not too_high, f"{here} (floor {floor(here)}) imports {too_high}"
+    if floor(here) < floor("stages"):
+        assert not others & set(BESIDE), f"{here} (floor {floor(here)}) is training code and knows no kernels"
+
+
+def test_every_file_has_a_floor_and_says_what_lives_there() -> None:
+    for path in FILES:
+        name = unit(".".join(path.relative_to(SOURCE).with_suffix("").parts))
+        assert name in BESIDE or any(name in names for names in FLOORS), f"{path} stands on no floor"
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} needs an opening sentence"
