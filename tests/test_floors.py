@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "numerics", "steps"),
+    ("errors", "numerics", "steps", "metrics"),
     ("calls", "quantizers", "structure", "layers", "optim"),
     ("surgery",),
     ("methods",),

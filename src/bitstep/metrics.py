@@ -1,0 +1,58 @@
+"""How far apart images are: pairwise (PSNR, SSIM) and as sets (Fréchet distance of features).
+
+Images are uint8 ``[N, H, W, C]``, the form in which samples are saved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SSIM_WINDOW = 11
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, from the squared error over all pairs; infinite for equal images."""
+    error = (a.double() - b.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Mean structural similarity (Wang et al., IEEE TIP 2004): Gaussian 11x11 window of sigma 1.5, per channel.
+
+    Only windows that lie inside the image count, so images need at least 11 pixels a side.
+    """
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    gauss = torch.exp(-offsets.square() / (2 * 1.5**2))
+    gauss = gauss / gauss.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, gauss.reshape(1, 1, -1, 1)), gauss.reshape(1, 1, 1, -1))
+
+    x, y = (images.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for images in (a, b))
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean().item()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features ``[N, D]`` and ``[M, D]``.
+
+        |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)),   A and B the covariances
+
+    With X and Y the centred features over the square root of their count minus one, A = X'X and B = Y'Y, and the trace
+    of (A B)^(1/2) is the nuclear norm of X Y'. It is taken from the triangular factors of X and Y, so no covariance is
+    formed and no matrix square root is iterated.
+    """
+    a, b = a.double(), b.double()
+    x, y = ((set_ - set_.mean(0)) / math.sqrt(len(set_) - 1) for set_ in (a, b))
+    r_x, r_y = (torch.linalg.qr(set_, mode="r").R for set_ in (x, y))
+    cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross).item()
