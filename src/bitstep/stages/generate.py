@@ -1,0 +1,160 @@
+"""Run any diffusers pipeline on seeded noise, image by image the same whatever the batch size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NotRequired, TypedDict, Unpack
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from bitstep.calls import wrapped_step
+from bitstep.errors import BitstepError, UsageError
+
+PROMPTS = (
+    "a red fox sitting in the snow at dusk",
+    "a bowl of ripe peaches on a wooden table",
+    "a lighthouse on a cliff above a stormy sea",
+    "portrait of an old fisherman with a grey beard",
+    "a narrow street in an old town after rain, neon signs",
+    "a steam train crossing a stone bridge in autumn",
+    "an astronaut reading a newspaper, oil painting",
+    "a glass of water with ice, studio photograph",
+    "a herd of elephants crossing a river, aerial view",
+    "a cosy library with a fireplace and tall shelves",
+    "watercolour of a mountain lake in the morning mist",
+    "a vintage bicycle leaning on a blue wall",
+    "a plate of sushi with chopsticks, top view",
+    "a robot watering flowers in a greenhouse",
+    "a sailing boat under a full moon",
+    "children flying kites on a wide beach",
+)
+
+DENOISERS = ("unet", "transformer")
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that predicts noise: ``unet`` or ``transformer``."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise BitstepError(
+        f"{type(pipeline).__name__} has no denoiser: expected a component named {' or '.join(DENOISERS)}, "
+        f"found {', '.join(pipeline.components)}"
+    )
+
+
+def batches(images: int, batch_size: int) -> list[range]:
+    """Image numbers 0..images-1 in consecutive batches."""
+    return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
+
+
+class Sampling(TypedDict):
+    """What a picture depends on besides its number.
+
+    Initial noise, noise added by the sampler, class label and prompt of an image depend on (seed, number) alone.
+    ``prompts`` are taken in turn; without any a small built-in list serves. ``guidance_scale`` None is the pipeline's
+    own. ``eta`` overrides the sampler's where it has one (DDIM); others keep their own noise.
+    """
+
+    steps: int
+    seed: int
+    prompts: NotRequired[Sequence[str] | None]
+    guidance_scale: NotRequired[float | None]
+    eta: NotRequired[float | None]
+
+
+def generate(
+    pipeline: DiffusionPipeline, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
+) -> Iterator[Tensor]:
+    """Pictures of image numbers 0..images-1, batch by batch: float ``[batch, channels, height, width]`` in [0, 1]."""
+    for numbers in batches(images, batch_size):
+        yield generate_batch(pipeline, numbers, output_type="pt", **sampling)
+
+
+def generate_batch(
+    pipeline: DiffusionPipeline, numbers: Sequence[int], *, output_type: str, **sampling: Unpack[Sampling]
+) -> Tensor:
+    """Images ``numbers`` of the endless list that ``sampling`` defines, from one call of the pipeline.
+
+    With ``output_type`` "latent" pipelines that can do so leave the decoder out, with "pt" they return pictures.
+
+    Raises UsageError for prompts or guidance given to a pipeline that takes none, BitstepError for a pipeline that
+    needs other input (an image, say).
+    """
+    seed, prompts = sampling["seed"], sampling.get("prompts")
+    guidance_scale = sampling.get("guidance_scale")
+    if seed < 0:
+        raise UsageError(f"expected a seed of 0 or more, got {seed}")
+    name = type(pipeline).__name__
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if prompts is not None and "prompt" not in parameters:
+        raise UsageError(f"{name} takes no prompts")
+    if guidance_scale is not None and "guidance_scale" not in parameters:
+        raise UsageError(f"{name} takes no guidance scale")
+    generators = [torch.Generator().manual_seed(_random_int(seed, number, 2**63)) for number in numbers]
+    texts = prompts or PROMPTS
+    offered: dict[str, Callable[[], Any]] = {
+        "batch_size": lambda: len(numbers),
+        "class_labels": lambda: [_random_int(seed, number, _classes(pipeline), 1) for number in numbers],
+        "prompt": lambda: [texts[number % len(texts)] for number in numbers],
+        "generator": lambda: generators,
+        "num_inference_steps": lambda: sampling["steps"],
+        "output_type": lambda: output_type,
+        "use_resolution_binning": lambda: False,  # images have the denoiser's native size: nothing to bin
+    }
+    arguments = {parameter: make() for parameter, make in offered.items() if parameter in parameters}
+    if guidance_scale is not None:
+        arguments["guidance_scale"] = guidance_scale
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+    ]
+    if missing or not {"generator", "num_inference_steps"} <= arguments.keys():
+        raise BitstepError(
+            f"cannot run {name} on noise: it also needs {', '.join(missing)}"
+            if missing
+            else f"cannot run {name}: it takes no generator or number of inference steps"
+        )
+    with wrapped_step(pipeline.scheduler, lambda step: _seeded(step, generators, sampling.get("eta"))):
+        return _as_tensor(pipeline(**arguments)[0])
+
+
+def _seeded(step: Callable[..., Any], generators: list[torch.Generator], eta: float | None) -> Callable[..., Any]:
+    """A scheduler's step that draws each image's noise from that image's generator, though the pipeline forgot it."""
+    accepted = inspect.signature(step).parameters
+
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        rows = len(args[0] if args else kwargs["model_output"])
+        if "generator" in accepted and kwargs.get("generator") is None:
+            kwargs["generator"] = generators * (rows // len(generators))  # DiT steps both halves of a guided batch
+        if eta is not None and "eta" in accepted:
+            kwargs["eta"] = eta
+        return step(*args, **kwargs)
+
+    return seeded
+
+
+def _random_int(seed: int, number: int, below: int, stream: int = 0) -> int:
+    return int(np.random.default_rng((seed, number, stream)).integers(below))
+
+
+def _classes(pipeline: DiffusionPipeline) -> int:
+    config = getattr(pipeline, denoiser_name(pipeline)).config
+    count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if not count:
+        raise BitstepError(f"{type(pipeline).__name__} wants class labels, but its config does not say how many exist")
+    return int(count)
+
+
+def _as_tensor(images: Any) -> Tensor:
+    """Tensors as they are; numpy images ``[batch, height, width, channels]`` in tensor order."""
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(images).movedim(-1, 1)
+    if not isinstance(images, Tensor):
+        raise BitstepError(f"expected the pipeline to return images as a tensor, got {type(images).__name__}")
+    return images

@@ -1,0 +1,134 @@
+"""Load a diffusers pipeline, full precision or packed, from wherever a SOURCE may point."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from torch import nn
+
+from bitstep.errors import BitstepError
+from bitstep.stages.generate import DENOISERS, denoiser_name
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded pipeline; ``name`` is what it was addressed by, ``component`` its denoiser's name."""
+
+    name: str
+    pipeline: DiffusionPipeline
+    component: str
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The component that predicts noise."""
+        denoiser: nn.Module = getattr(self.pipeline, self.component)
+        return denoiser
+
+
+def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Source:
+    """The pipeline at ``source``: a diffusers pipeline folder, a component folder, a Hub id, or ``demo:NAME``.
+
+    A component folder is given the simplest pipeline that can run it. A packed denoiser keeps its own types. Weights
+    are read from safetensors files only.
+
+    Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged.
+    """
+    name = str(source)
+    folder = _demo(name.removeprefix("demo:")) if name.startswith("demo:") else _locate(name)
+    try:
+        if (folder / "model_index.json").is_file():
+            pipeline = _load_pipeline(folder, dtype)
+        else:
+            pipeline = _load_component(folder, dtype)
+        component = denoiser_name(pipeline)
+        pipeline.to(device)
+    except BitstepError:
+        raise
+    except Exception as error:  # diffusers, transformers and safetensors raise all kinds for a damaged folder
+        raise BitstepError(f"cannot load {name}: {_first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return Source(name, pipeline, component)
+
+
+def demos() -> list[str]:
+    """Names that ``demo:NAME`` accepts."""
+    return sorted(index.parent.name for index in _demo_folder().glob("*/model_index.json"))
+
+
+def _demo_folder() -> Path:
+    return Path(str(resources.files("bitstep"))) / "demo"
+
+
+def _demo(name: str) -> Path:
+    if name not in demos():
+        raise BitstepError(f"there is no demo:{name}: choose among {', '.join(f'demo:{demo}' for demo in demos())}")
+    return _demo_folder() / name
+
+
+def _locate(name: str) -> Path:
+    """The folder itself, or the Hub's copy in the local cache, downloaded where needed."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BitstepError(f"{name} is a file: expected the folder of a diffusers pipeline")
+    if not _HUB_ID.fullmatch(name):
+        raise BitstepError(f"{name} does not exist: expected a pipeline folder, a Hub id (owner/name) or demo:NAME")
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except Exception as error:  # offline, not found, gated, no safetensors: each has its own exception
+        raise BitstepError(
+            f"{name} is no folder here and cannot be had from the Hugging Face Hub "
+            f"(offline, unknown or private?): {_first_line(error)}"
+        ) from error
+
+
+def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    packed = any("quantization_config" in _config(folder / component) for component in DENOISERS)
+    # a cast would round the float32 scales of a packed denoiser
+    options = {} if packed else {"dtype": dtype}
+    pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
+    return pipeline
+
+
+def _load_component(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    config = _config(folder)
+    kind = config.get("_class_name")
+    if kind is None:
+        raise BitstepError(
+            f"{folder} is no diffusers pipeline: expected model_index.json, or the config.json of a UNet2DModel"
+        )
+    conditional = config.get("class_embed_type") or config.get("num_class_embeds")
+    if kind != UNet2DModel.__name__ or conditional:
+        what = "class-conditional UNet2DModel" if kind == UNet2DModel.__name__ else kind
+        raise BitstepError(
+            f"{folder} holds a single {what}, which does not run without its pipeline: give the pipeline's folder"
+        )
+    unet = UNet2DModel.from_pretrained(
+        folder, use_safetensors=True, **({} if "quantization_config" in config else {"dtype": dtype})
+    )
+    return DDIMPipeline(unet, DDIMScheduler())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise BitstepError(f"{path} is not valid JSON: {error}") from error
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
