@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitstep import plugin
+from bitstep import registration
 
 if TYPE_CHECKING:
     from bitstep.api import benchmark as benchmark
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _VERBS = ("benchmark", "evaluate", "inspect", "load", "quantize", "sample")
 
-# plugin.install()  (until bitstep.checkpoint.register exists)
+registration.install()
 
 
 def __getattr__(name: str) -> Any:

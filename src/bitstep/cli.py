@@ -1,0 +1,302 @@
+"""The command line: arguments in, one verb of :mod:`bitstep.api`, a table out.
+
+Exit code 0, 2 for a usage error, 1 for a failure; errors are one line on stderr, and ``--verbose`` adds the traceback.
+The verbs are imported when they run, so that help and mistyped options do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bitstep import __version__
+from bitstep.errors import BitstepError, UsageError
+
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Source = Annotated[
+    str, typer.Argument(help="A diffusers pipeline folder, a Hub id, demo:NAME, or the folder of a single component.")
+]
+Packed = Annotated[Path, typer.Argument(help="A folder written by `bitstep quantize`.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same noise for every model, image by image.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default if not given.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
+Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the fastest found if not given.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Few-bit diffusion models."""
+
+
+@app.command()
+def quantize(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder of the packed pipeline; must be empty or new.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "efficientdm",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations.", metavar="WxAy")] = "W4A4",
+    effort: Annotated[
+        Literal["quick", "standard", "full"], typer.Option(help="Minutes; a good result; the published setting.")
+    ] = "standard",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SLOT.KEY=VALUE", help="Change one value of the recipe.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of training images, for recipes that use data.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a diffusion pipeline into a low-bit one."""
+    from bitstep import api
+
+    folder = api.quantize(
+        source,
+        recipe=recipe,
+        bits=bits,
+        out=out,
+        effort=effort,
+        overrides=set_ or (),
+        data=data,
+        prompts=prompts,
+        seed=seed,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        progress=True,
+    )
+    print(f"packed pipeline: {folder}")
+
+
+@app.command()
+def sample(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="A .png grid, or a .npz with uint8 NHWC `images`.")],
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+) -> None:
+    """Sample images from a pipeline, packed or not."""
+    from bitstep import api
+
+    api.sample(
+        source,
+        num=num,
+        steps=steps,
+        seed=seed,
+        out=out,
+        batch_size=batch_size,
+        prompts=prompts,
+        backend=backend,
+        device=device,
+    )
+    print(f"{num} images: {out}")
+
+
+@app.command()
+def inspect(
+    directory: Packed,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show the size, the operations and the kernel of every layer of a packed pipeline."""
+    from bitstep import api
+
+    facts = api.inspect(directory)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    layers = facts.pop("layers")
+    _print(facts)
+    _print_rows(layers)
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    against: Annotated[
+        str, typer.Option(help="The full-precision SOURCE, or real images: an .npz file or a folder of pictures.")
+    ],
+    num: Annotated[int, typer.Option(min=2, help="Number of images.")] = 64,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="TorchScript network, images [N,3,H,W] in 0..255 -> [N,D], for the Fréchet distance."),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="The real images are mosaics of tiles this many pixels wide.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare a pipeline with another one on the same noise, or with real images."""
+    from bitstep import api
+
+    numbers = api.evaluate(
+        source,
+        against=against,
+        num=num,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        features=features,
+        tile=tile,
+        prompts=prompts,
+        backend=backend,
+        device=device,
+    )
+    _write(numbers, json_file)
+    _print(numbers)
+
+
+@app.command()
+def benchmark(
+    directory: Packed,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="DTYPE...", help="fp32, bf16, fp16; fp32 and bf16 if not given.")
+    ] = None,
+    batch_size: BatchSize = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
+    backend: Backend = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the denoiser against the same architecture in full precision."""
+    from bitstep import api
+
+    # `--against fp32 bf16`: an option takes one value, so the words after the first arrive as arguments
+    baselines = [*(against or ()), *(more or ())]
+    if more and not against:
+        raise UsageError(f"unexpected argument {more[0]!r}: precisions to compare with are given with --against")
+    numbers = api.benchmark(
+        directory,
+        against=baselines or ("fp32", "bf16"),
+        batch_size=batch_size,
+        rounds=rounds,
+        backend=backend,
+        device=device,
+    )
+    _write(numbers, json_file)
+    _print_rows(numbers["rows"])
+    _print({f"layers run by {name}": count for name, count in numbers["kernels"].items()})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the packed pipelines and the picture.")] = Path("demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize the small model that comes with the package to W4A4, and show what that did to its pictures."""
+    from bitstep import api
+
+    result = api.demo(out, overwrite=overwrite)
+    _print_rows(result["rows"])
+    print(f"picture: {result['picture']}")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: runs one command and exits."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments  # before or after the command
+    if not verbose:
+        _quieten_libraries()
+    try:
+        code = app([argument for argument in arguments if argument != "--verbose"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        _fail(*_explain(error))
+    sys.exit(code or 0)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The one line that an error is worth, and its exit code."""
+    if isinstance(error, typer.TyperException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, UsageError):
+        return str(error), 2
+    if isinstance(error, BitstepError):
+        return str(error), 1
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.strerror, error.filename) if part), 1
+    return f"{type(error).__name__}: {error} (--verbose shows where)", 1
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("bitstep: error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _quieten_libraries() -> None:
+    """Other people's warnings would drown the one line that matters."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def _write(numbers: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _print(numbers: Mapping[str, Any]) -> None:
+    table = Table(show_header=False)
+    for name, value in numbers.items():
+        table.add_row(name.replace("_", " "), _show(value))
+    Console().print(table)
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(*(name.replace("_", " ") for name in rows[0]))
+    for row in rows:
+        table.add_row(*(_show(value) for value in row.values()))
+    Console().print(table)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, list):
+        return " ".join(_show(item) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)

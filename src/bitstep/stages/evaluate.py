@@ -1,0 +1,109 @@
+"""Evaluate: a pipeline against another one on the same noise, or against real images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from bitstep.calls import run
+from bitstep.errors import BitstepError, UsageError
+from bitstep.metrics import SSIM_WINDOW, frechet_distance, psnr, ssim
+from bitstep.stages.calibrate import stream
+from bitstep.stages.generate import Sampling
+from bitstep.stages.load import Source
+from bitstep.stages.sample import Progress, sample
+
+STEP_ERROR_IMAGES = 16  # trajectories behind ``step_error``: thousands of numbers each, so more would change nothing
+
+
+def evaluate(
+    model: Source,
+    against: Source | Tensor,
+    *,
+    num: int,
+    batch_size: int,
+    features: Path | None = None,
+    progress: Progress | None = None,
+    **sampling: Unpack[Sampling],
+) -> dict[str, Any]:
+    """Compare ``num`` images of ``model`` with those of ``against`` on the same noise, or with given images (uint8
+    ``[N, H, W, 3]``).
+
+    psnr, ssim: see :mod:`bitstep.metrics`; None against given images, and the PSNR of equal images is None
+    step_error: relative squared error of the denoiser's output on the inputs that ``against`` computes for itself, in
+        the order of sampling, at the timesteps in ``timesteps``; None against given images
+    frechet_distance: in the features of the network in the file ``features`` (see :func:`extract`); else None
+    features: the name of that file, without its ending
+    """
+    network = None if features is None else load_features(features)
+    images = sample(model.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
+    numbers: dict[str, Any] = {
+        "source": model.name,
+        "num_images": num,
+        "steps": sampling["steps"],
+        "seed": sampling["seed"],
+    }
+    if isinstance(against, Source):
+        reference = sample(against.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
+        errors = step_error(model, against, images=min(num, STEP_ERROR_IMAGES), batch_size=batch_size, **sampling)
+        numbers |= {"against": against.name} | paired(images, reference)
+        numbers |= {"step_error": list(errors.values()), "timesteps": list(errors)}
+    else:
+        reference = against
+        numbers |= {"against": f"{len(against)} images", "psnr": None, "ssim": None, "step_error": None}
+    distance = None
+    if network is not None:
+        distance = frechet_distance(*(extract(network, each, batch_size) for each in (images, reference)))
+    return numbers | {"frechet_distance": distance, "features": features and features.stem}
+
+
+def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
+    """PSNR in dB and SSIM between uint8 images ``[N, H, W, C]``; what is not defined is None (it goes into JSON)."""
+    noise = psnr(images, reference)
+    small = min(images.shape[1:3]) < SSIM_WINDOW
+    return {"psnr": noise if math.isfinite(noise) else None, "ssim": None if small else ssim(images, reference)}
+
+
+@torch.no_grad()
+def step_error(
+    model: Source, reference: Source, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
+) -> dict[float, float]:
+    """``|model(x) - reference(x)|^2 / |reference(x)|^2`` of the denoisers' outputs, by timestep, in sampling order.
+
+    x are the inputs on the trajectories of ``reference``, so the error of one step does not feed the next.
+    """
+    device = next(reference.denoiser.parameters()).device
+    totals: dict[float, list[float]] = {}
+    for pool in stream(reference, images=images, batch_size=batch_size, **sampling):
+        for step, timestep in reversed(list(enumerate(pool.timesteps.tolist()))):
+            call, expected = pool.batch(pool.indices_at(step))
+            output = run(model.denoiser, call.to(device)).cpu()
+            total = totals.setdefault(timestep, [0.0, 0.0])
+            total[0] += (output - expected).double().square().sum().item()
+            total[1] += expected.double().square().sum().item()
+    return {timestep: error / power for timestep, (error, power) in totals.items()}
+
+
+def load_features(path: Path) -> torch.nn.Module:
+    """A TorchScript network that takes images ``[N, 3, H, W]`` in 0..255 and returns features ``[N, D]``."""
+    if not path.is_file():
+        raise UsageError(f"no feature network at {path}: expected a TorchScript file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export's format
+        try:
+            network: torch.nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise BitstepError(f"cannot load {path}: expected a TorchScript network") from error
+    return network.eval()
+
+
+@torch.no_grad()
+def extract(network: torch.nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Features ``[N, D]`` of uint8 images ``[N, H, W, C]``; grey images are repeated over three channels."""
+    batches = torch.split(images, batch_size)
+    return torch.cat([network(batch.movedim(-1, 1).float().expand(-1, 3, -1, -1)) for batch in batches])
