@@ -1,0 +1,69 @@
+// The C interface of the native CPU runtime.
+//
+// Activations are NHWC: fp32 [batch, height, width, channels], or codes u8 [batch, height + 2 pad_h, width + 2 pad_w,
+// padded_channels] whose border and padding channels hold the zero point. A linear layer is a 1x1 convolution of
+// height 1. One (scale, zero point) serves the batch (rows 1) or each sample has its own (rows = batch).
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define BITSTEP_API __attribute__((visibility("default")))
+
+// How activations become codes: clip(round(x * channel_reciprocal * (1 / scale)) + zero_point, 0, top).
+typedef struct {
+  const float* scale;               // [rows]
+  const float* zero_point;          // [rows], integral
+  int32_t rows;                     // 1 or batch
+  int32_t top;                      // 2**bits - 1
+  const float* channel_reciprocal;  // [channels] or null
+} bitstep_step;
+
+typedef struct {
+  int32_t batch, height, width, channels;
+  int32_t padded_channels;  // channels rounded up to the layer's granule
+  int32_t pad_h, pad_w;
+} bitstep_map;
+
+// A convolution with packed weights. Weight codes form columns of 16 output channels; with two bases the columns of
+// the first and second basis alternate. Columns form panels of `panel` (the last may be narrower). A panel is a
+// sequence of 64-byte blocks, in order [kernel_h][kernel_w][padded_channels / granule][column]; block byte 4 c + i is
+// input channel i of the granule for output channel c. `8 / bits` consecutive blocks share 64 bytes of memory: block j
+// has the bits [bits j, bits j + bits) of each byte.
+//
+// Without table, granule is 4 and a byte is a code: weight = code - zero (2 code - 1 for one bit, zero 1).
+// With table, granule is 16 and byte 4 c + i holds the signs of input channels 4 i .. 4 i + 3; bits is 4.
+typedef struct {
+  int32_t out_channels, padded_channels;
+  int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+  int32_t bits;     // 1, 2, 4 or 8: bits of memory per byte of a block
+  int32_t bases;    // 1 or 2
+  int32_t panel;    // columns per panel
+  int32_t table;    // the weight is an index into tables of signed sums
+  const uint8_t* weight;
+  const int8_t* zero;       // [columns][64]
+  const int32_t* sum;       // [columns][16]: the sum of a channel's weights
+  const float* scale;       // [columns][16]
+  const float* bias;        // [out_channels] or null
+} bitstep_layer;
+
+// Use GOMP_parallel at this address to share work; null runs everything in the calling thread.
+BITSTEP_API void bitstep_set_fork(void* gomp_parallel);
+// The instruction sets this build and machine offer, best first, as a null-terminated list.
+BITSTEP_API const char* const* bitstep_instruction_sets(void);
+// Use one of them from now on; nonzero if it is not offered.
+BITSTEP_API int bitstep_use(const char* instruction_set);
+
+// x fp32 -> codes, with the border.
+BITSTEP_API void bitstep_quantize(const bitstep_map* map, const bitstep_step* step, const float* x, uint8_t* codes,
+                                  int threads);
+// codes -> y fp32 [batch, out_h, out_w, out_channels]; residual of y's shape, or null, is added.
+BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
+                                     const uint8_t* codes, const float* residual, float* y, int threads);
+
+#ifdef __cplusplus
+}
+#endif

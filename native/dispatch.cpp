@@ -1,0 +1,77 @@
+// Chooses the clone for the machine, and forwards the C interface to it.
+#include <cstring>
+
+#include "clone.h"
+
+namespace bitstep {
+namespace {
+
+struct Candidate {
+  const char* name;
+  const Clone* clone;
+};
+
+// The clones this machine can run, best first, ended by a null name.
+struct Offer {
+  Candidate candidates[4] = {};
+  const char* names[4] = {};
+
+  Offer() {
+    int count = 0;
+    const auto add = [&](const char* name, const Clone& clone) {
+      names[count] = name;
+      candidates[count++] = {name, &clone};
+    };
+#ifdef BITSTEP_HAVE_avx512
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      add("avx512", avx512::clone);
+    }
+#endif
+#ifdef BITSTEP_HAVE_avx2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("avx2", avx2::clone);
+#endif
+    add("portable", portable::clone);
+  }
+};
+
+const Offer& offer() {
+  static const Offer made;
+  return made;
+}
+
+const Clone*& current() {
+  static const Clone* clone = offer().candidates[0].clone;
+  return clone;
+}
+
+}  // namespace
+}  // namespace bitstep
+
+using bitstep::current;
+
+extern "C" {
+
+const char* const* bitstep_instruction_sets(void) { return bitstep::offer().names; }
+
+int bitstep_use(const char* instruction_set) {
+  for (const auto* candidate = bitstep::offer().candidates; candidate->name; ++candidate) {
+    if (!std::strcmp(candidate->name, instruction_set)) {
+      current() = candidate->clone;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+void bitstep_quantize(const bitstep_map* map, const bitstep_step* step, const float* x, uint8_t* codes, int threads) {
+  current()->quantize(map, step, x, codes, threads);
+}
+
+void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
+                         const uint8_t* codes, const float* residual, float* y, int threads) {
+  current()->convolution(layer, map, step, codes, residual, y, threads);
+}
+
+}  // extern "C"

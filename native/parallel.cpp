@@ -1,0 +1,65 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "bitstep.h"
+
+namespace bitstep {
+namespace {
+
+// libgomp's entry point for a parallel region: run fn(data) on a team of `threads`. Calling the runtime that torch
+// has loaded, rather than linking one, leaves a single pool of threads in the process.
+using Fork = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<Fork> fork_team{nullptr};
+
+struct Region {
+  int64_t count;
+  int parts;
+  void (*body)(void*, int64_t, int64_t);
+  void* context;
+  std::atomic<int> next{0};
+};
+
+void work(void* data) {
+  auto& region = *static_cast<Region*>(data);
+  // a team may be smaller than asked for, so parts are taken, not assigned
+  for (int part; (part = region.next.fetch_add(1)) < region.parts;) {
+    region.body(region.context, region.count * part / region.parts, region.count * (part + 1) / region.parts);
+  }
+}
+
+struct Buffer {
+  size_t size = 0;
+  std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
+};
+
+}  // namespace
+
+void parallel(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (count <= 0) return;
+  const Fork fork = fork_team.load(std::memory_order_relaxed);
+  const int parts = static_cast<int>(std::min<int64_t>(count, threads));
+  if (parts <= 1 || !fork) return body(context, 0, count);
+  Region region{count, parts, body, context};
+  fork(work, &region, static_cast<unsigned>(parts), 0);
+}
+
+void* scratch(Slot slot, size_t bytes) {
+  thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.size < bytes) {
+    const size_t size = (bytes + 4095) / 4096 * 4096;
+    buffer.data.reset(std::aligned_alloc(64, size));
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = size;
+  }
+  return buffer.data.get();
+}
+
+}  // namespace bitstep
+
+extern "C" void bitstep_set_fork(void* fork) { bitstep::fork_team = reinterpret_cast<bitstep::Fork>(fork); }

@@ -1,0 +1,128 @@
+// Vectors of float and int32 for the instruction set of this clone, and the few operations that differ between them.
+//
+// Arithmetic on F and I uses the compiler's vector extensions (gcc, clang); what follows is the rest: masked memory
+// access, rounding, narrowing, and the 4-way dot product of bytes that everything here is built on.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(BITSTEP_avx512) || defined(BITSTEP_avx2)
+#include <immintrin.h>
+#endif
+
+namespace bitstep {
+namespace BITSTEP_CLONE {
+namespace {
+
+#if defined(BITSTEP_avx512)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float F __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline F splat(float x) { return x - F{}; }
+inline I splat(int32_t x) { return x - I{}; }
+inline F load(const float* p) { return *reinterpret_cast<const F*>(p); }
+inline I load(const int32_t* p) { return *reinterpret_cast<const I*>(p); }
+inline void store(float* p, F x) { *reinterpret_cast<F*>(p) = x; }
+inline F to_float(I x) { return __builtin_convertvector(x, F); }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+
+// ``count`` lanes (1..kLanes) are read or written, the others are zero or left alone.
+inline F load(const float* p, int count);
+inline void store(float* p, F x, int count);
+// Nearest integer, ties to even.
+inline F round(F x);
+// Float to int32; x is integral and in range.
+inline I to_int(F x);
+// Lanes in 0..255 to bytes.
+inline void store_bytes(uint8_t* p, I x, int count);
+// The four bytes at p in every lane.
+inline I broadcast4(const uint8_t* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return splat(x);
+}
+// acc + sum over the four bytes of each lane of a (unsigned) * w (signed), exactly.
+inline I dot4(I acc, I a, I w);
+
+#if defined(BITSTEP_avx512)
+
+inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline F load(const float* p, int count) { return (F)_mm512_maskz_loadu_ps(first(count), p); }
+inline void store(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(count), (__m512)x); }
+inline F round(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline I to_int(F x) { return (I)_mm512_cvtps_epi32((__m512)x); }
+inline void store_bytes(uint8_t* p, I x, int count) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, first(count), (__m512i)x);
+}
+inline I dot4(I acc, I a, I w) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
+
+#elif defined(BITSTEP_avx2)
+
+inline __m256i first(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F load(const float* p, int count) { return (F)_mm256_maskload_ps(p, first(count)); }
+inline void store(float* p, F x, int count) { _mm256_maskstore_ps(p, first(count), (__m256)x); }
+inline F round(F x) { return (F)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline I to_int(F x) { return (I)_mm256_cvtps_epi32((__m256)x); }
+inline void store_bytes(uint8_t* p, I x, int count) {
+  const __m256i words = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  uint8_t out[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), eight);
+  std::memcpy(p, out, count);
+}
+inline I dot4(I acc, I a, I w) {
+  // vpmaddubsw adds two products in 16 bits and saturates, so even and odd bytes are multiplied apart.
+  const __m256i even = _mm256_set1_epi16(0x00ff), ones = _mm256_set1_epi16(1);
+  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)a, even), (__m256i)w);
+  const __m256i high = _mm256_maddubs_epi16(_mm256_andnot_si256(even, (__m256i)a), (__m256i)w);
+  return acc + (I)_mm256_madd_epi16(low, ones) + (I)_mm256_madd_epi16(high, ones);
+}
+
+#else
+
+inline F load(const float* p, int count) {
+  F x{};
+  for (int i = 0; i < count; ++i) x[i] = p[i];
+  return x;
+}
+inline void store(float* p, F x, int count) {
+  for (int i = 0; i < count; ++i) p[i] = x[i];
+}
+inline F round(F x) {
+  // adding 1.5 * 2**23 leaves no fraction bits; beyond 2**22 there are too few to matter
+  const F magic = splat(12582912.0f);
+  const F rounded = x + magic - magic, size = x < 0 ? -x : x;
+  return size < splat(4194304.0f) ? rounded : x;
+}
+inline I to_int(F x) { return __builtin_convertvector(x, I); }
+inline void store_bytes(uint8_t* p, I x, int count) {
+  for (int i = 0; i < count; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
+inline I dot4(I acc, I a, I w) {
+  for (int byte = 0; byte < 4; ++byte) {
+    acc += (a >> (8 * byte) & 255) * (w << (24 - 8 * byte) >> 24);
+  }
+  return acc;
+}
+
+#endif
+
+inline float sum(F x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+}  // namespace
+}  // namespace BITSTEP_CLONE
+}  // namespace bitstep

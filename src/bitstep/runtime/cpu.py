@@ -1,0 +1,227 @@
+"""Packed layers on the native CPU library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitstep.numerics.packing import QuantizedWeight
+from bitstep.runtime import native
+from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+
+_COLUMN = 16
+_TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
+_LONGEST_ROW = (2**31 - 1) // (255 * 128)  # products that a 32-bit sum holds
+
+
+class CpuKernel(Kernel):
+    """Integer arithmetic on packed weights: AVX512, AVX2 or portable code, chosen when the library loads.
+
+    Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
+    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI.
+    """
+
+    name = "cpu"
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        wrong: list[str] = []
+        if problem.device != "cpu":
+            wrong.append(f"it runs on the CPU, not on {problem.device}")
+        if native.library() is None:
+            wrong.append("the native library is not built (install a C++ compiler and reinstall bitstep)")
+        if problem.activation_bits is None:
+            wrong.append("activations are floating point")
+        if problem.groups != 1:
+            wrong.append("grouped convolution")
+        if problem.weight_bits == 8 and not problem.symmetric:
+            wrong.append("8-bit weights with a zero point other than 128")
+        if problem.in_channels * prod(problem.kernel_size) > _LONGEST_ROW:
+            wrong.append(f"more than {_LONGEST_ROW} weights an output channel")
+        return wrong
+
+    def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
+        convolution = Convolution(problem, tensors)
+        if problem.op == "linear":
+            return convolution.linear
+        return convolution.conv1d if problem.op == "conv1d" else convolution.conv2d
+
+
+class Convolution:
+    """A layer's weights as the library takes them, and the calls into it."""
+
+    def __init__(self, problem: Problem, tensors: LayerTensors) -> None:
+        assert problem.activation_bits is not None
+        table = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS and native.has_tables()
+        kernel, stride, dilation, padding = (
+            _plane(*pair)
+            for pair in (
+                (problem.kernel_size, 1),
+                (problem.stride, 1),
+                (problem.dilation, 1),
+                (problem.padding, 0),
+            )
+        )
+        self.granule = 16 if table else 4
+        self.padding = padding
+        self.reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+        self.stride = stride
+        self.in_channels, self.out_channels = problem.in_channels, problem.out_channels
+        self.padded_channels = _round_up(problem.in_channels, self.granule)
+        self.top = 2**problem.activation_bits - 1
+        self.packed = pack_columns(tensors.weight, kernel, table)
+        self.bias = None if tensors.bias is None else tensors.bias.float().contiguous()
+        reciprocal = tensors.channel_reciprocal
+        self.channel_reciprocal = None if reciprocal is None else reciprocal.float().contiguous()
+        self.layer = native.Layer(
+            out_channels=self.out_channels,
+            padded_channels=self.padded_channels,
+            kernel_h=kernel[0],
+            kernel_w=kernel[1],
+            stride_h=stride[0],
+            stride_w=stride[1],
+            dilation_h=dilation[0],
+            dilation_w=dilation[1],
+            bits=self.packed.bits,
+            bases=tensors.weight.codes.shape[0],
+            panel=self.packed.panel,
+            table=table,
+            weight=self.packed.weight.data_ptr(),
+            zero=self.packed.zero.data_ptr(),
+            sum=self.packed.sum.data_ptr(),
+            scale=self.packed.scale.data_ptr(),
+            bias=_address(self.bias),
+        )
+
+    def linear(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_channels)
+        self._run(x, (x.shape[0], 1, prod(x.shape[1:-1])), scale, zero_point, y)
+        return y
+
+    def conv1d(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        batch, _, length = x.shape
+        y = x.new_empty(batch, self._extent(1, length), self.out_channels)
+        self._run(x.transpose(1, 2).contiguous(), (batch, 1, length), scale, zero_point, y)
+        return y.transpose(1, 2)
+
+    def conv2d(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        batch, _, height, width = x.shape
+        x = x.permute(0, 2, 3, 1).contiguous()
+        y = x.new_empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
+        self._run(x, (batch, height, width), scale, zero_point, y)
+        return y.permute(0, 3, 1, 2)
+
+    def _extent(self, axis: int, size: int) -> int:
+        return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
+
+    def _run(
+        self, x: Tensor, shape: tuple[int, int, int], scale: Tensor | None, zero_point: Tensor | None, y: Tensor
+    ) -> None:
+        lib = native.library()
+        assert lib is not None
+        assert scale is not None
+        assert zero_point is not None
+        batch, height, width = shape
+        grid = native.Map(batch, height, width, self.in_channels, self.padded_channels, *self.padding)
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        step = native.Step(
+            scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
+        )
+        codes = torch.empty(
+            batch * (height + 2 * self.padding[0]) * (width + 2 * self.padding[1]) * self.padded_channels,
+            dtype=torch.uint8,
+        )
+        threads = torch.get_num_threads()
+        lib.bitstep_quantize(grid, step, x.data_ptr(), codes.data_ptr(), threads)
+        lib.bitstep_convolution(self.layer, grid, step, codes.data_ptr(), None, y.data_ptr(), threads)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A weight as ``native/bitstep.h`` lays it out.
+
+    weight: uint8, the packed blocks; bits: of memory per byte of a block; panel: columns of a panel
+    zero: int8 ``[columns, 64]``; sum: int32 ``[columns, 16]``; scale: float32 ``[columns, 16]``
+    """
+
+    weight: Tensor
+    bits: int
+    panel: int
+    zero: Tensor
+    sum: Tensor
+    scale: Tensor
+
+
+def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) -> Columns:
+    """Re-lay a weight out in columns of 16 output channels; ``table`` makes its signs indices into tables."""
+    bases, out, _ = weight.codes.shape
+    codes = weight.codes.reshape(bases, out, -1, *kernel)
+    extra = (-out % _COLUMN, -codes.shape[2] % (16 if table else 4))
+    codes = F.pad(codes, (0, 0, 0, 0, 0, extra[1], 0, extra[0]))
+    codes = _interleave(codes)
+    scale = _interleave(F.pad(weight.scale.float(), (0, extra[0])))
+    panel = 4 if table else 2
+    if table:
+        bits = 4
+        zero = sums = torch.zeros_like(scale, dtype=torch.int32)
+        codes = _join(codes.reshape(*codes.shape[:2], -1, 4, *kernel).unbind(3), 1)
+    else:
+        bits = {1: 1, 2: 2, 3: 4, 4: 4}.get(weight.bits, 8)
+        if weight.zero_point is None:
+            zero, values = torch.ones_like(scale, dtype=torch.int32), 2 * codes.int() - 1
+        else:
+            zero = _interleave(F.pad(weight.zero_point.int(), (0, extra[0])).expand(bases, -1))
+            values = codes.int() - zero[:, :, None, None, None]
+        sums = values.sum((2, 3, 4), dtype=torch.int32)
+        if bits == 8:
+            codes = values.to(torch.int8).view(torch.uint8)
+    # [column, 16, granule, 4, h, w] -> [h, w, granule, column, 16, 4]
+    blocks = codes.reshape(-1, _COLUMN, codes.shape[2] // 4, 4, *kernel).permute(4, 5, 2, 0, 1, 3)
+    panels = [_share(part.reshape(-1, 64), bits) for part in torch.split(blocks, panel, 3)]
+    return Columns(
+        weight=torch.cat(panels),
+        bits=bits,
+        panel=panel,
+        zero=zero.to(torch.int8).repeat_interleave(4, 1).contiguous(),
+        sum=sums.contiguous(),
+        scale=scale.contiguous(),
+    )
+
+
+def _interleave(x: Tensor) -> Tensor:
+    """``[bases, out, ...]`` -> ``[columns, 16, ...]``, the bases of a column next to each other."""
+    return x.reshape(len(x), -1, _COLUMN, *x.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+
+def _share(blocks: Tensor, bits: int) -> Tensor:
+    """Blocks ``[n, 64]`` of ``bits`` bits -> uint8 ``[ceil(n * bits / 8), 64]``, neighbours sharing memory."""
+    share = 8 // bits
+    shared = F.pad(blocks, (0, 0, 0, -len(blocks) % share)).reshape(-1, share, 64)
+    return _join(shared.unbind(1), bits)
+
+
+def _join(parts: Sequence[Tensor], bits: int) -> Tensor:
+    """Sum of the parts, each shifted ``bits`` further."""
+    joined = parts[0].clone()
+    for i, part in enumerate(parts[1:], start=1):
+        joined += part << bits * i
+    return joined
+
+
+def _plane(values: tuple[int, ...], missing: int) -> tuple[int, int]:
+    """Per-dimension values of a linear layer or a 1d convolution as those of a plane of height 1."""
+    height, width = (missing,) * (2 - len(values)) + values
+    return height, width
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

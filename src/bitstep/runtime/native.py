@@ -1,0 +1,120 @@
+"""The native library through ctypes: its structures, its functions, and which instruction set it uses."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch  # noqa: F401  (loads the OpenMP runtime that the library works on)
+
+from bitstep.errors import UsageError
+
+LIBRARY = Path(__file__).with_name("bitstep_cpu.so")
+INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
+
+
+class Step(ctypes.Structure):
+    """``bitstep_step``: how activations become codes."""
+
+    _fields_ = [
+        ("scale", c_void_p),
+        ("zero_point", c_void_p),
+        ("rows", c_int32),
+        ("top", c_int32),
+        ("channel_reciprocal", c_void_p),
+    ]
+
+
+class Map(ctypes.Structure):
+    """``bitstep_map``: the shape of an activation map and of its codes."""
+
+    _fields_ = [
+        (name, c_int32) for name in ("batch", "height", "width", "channels", "padded_channels", "pad_h", "pad_w")
+    ]
+
+
+class Layer(ctypes.Structure):
+    """``bitstep_layer``: a convolution with packed weights."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("out_channels", "padded_channels")),
+        *((f"{name}_{side}", c_int32) for name in ("kernel", "stride", "dilation") for side in "hw"),
+        *((name, c_int32) for name in ("bits", "bases", "panel", "table")),
+        *((name, c_void_p) for name in ("weight", "zero", "sum", "scale", "bias")),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it was not built. It works on torch's own OpenMP threads."""
+    if not LIBRARY.exists():
+        return None
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.bitstep_instruction_sets.restype = POINTER(c_char_p)
+    lib.bitstep_quantize.argtypes = [POINTER(Map), POINTER(Step), c_void_p, c_void_p, c_int]
+    lib.bitstep_convolution.argtypes = [
+        POINTER(Layer),
+        POINTER(Map),
+        POINTER(Step),
+        *[c_void_p] * 3,
+        c_int,
+    ]
+    # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
+    fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    lib.bitstep_set_fork(ctypes.cast(fork, c_void_p) if fork else None)
+    _use(lib, os.environ.get(INSTRUCTION_SET_VARIABLE) or _names(lib)[0])
+    return lib
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that the library has and this machine runs, best first; empty without the library."""
+    lib = library()
+    return _names(lib) if lib else []
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Use one instruction set meanwhile. A kernel must run under the set that it was prepared under."""
+    lib = library()
+    before = current_instruction_set()
+    if lib is None or before is None:
+        raise UsageError("the native library is not built: there is no instruction set to choose")
+    _use(lib, name)
+    try:
+        yield
+    finally:
+        _use(lib, before)
+
+
+def current_instruction_set() -> str | None:
+    """The instruction set in use; None without the library."""
+    return _current if library() else None
+
+
+def has_tables() -> bool:
+    """Whether the instruction set in use runs one-bit weights on tables."""
+    return current_instruction_set() == "avx512"
+
+
+_current: str | None = None
+
+
+def _use(lib: ctypes.CDLL, name: str) -> None:
+    global _current
+    if lib.bitstep_use(name.encode()):
+        raise UsageError(f"no instruction set {name!r} here: expected one of {', '.join(_names(lib))}")
+    _current = name
+
+
+def _names(lib: ctypes.CDLL) -> list[str]:
+    names: list[str] = []
+    for name in lib.bitstep_instruction_sets():
+        if name is None:
+            break
+        names.append(name.decode())
+    return names
