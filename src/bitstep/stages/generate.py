@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitstep.calls import wrapped_step
 from bitstep.errors import BitstepError, UsageError
+from bitstep.randomness import generator
 
 PROMPTS = (
     "a red fox sitting in the snow at dusk",
@@ -87,19 +88,17 @@ def generate_batch(
     """
     seed, prompts = sampling["seed"], sampling.get("prompts")
     guidance_scale = sampling.get("guidance_scale")
-    if seed < 0:
-        raise UsageError(f"expected a seed of 0 or more, got {seed}")
     name = type(pipeline).__name__
     parameters = inspect.signature(pipeline.__call__).parameters
     if prompts is not None and "prompt" not in parameters:
         raise UsageError(f"{name} takes no prompts")
     if guidance_scale is not None and "guidance_scale" not in parameters:
         raise UsageError(f"{name} takes no guidance scale")
-    generators = [torch.Generator().manual_seed(_random_int(seed, number, 2**63)) for number in numbers]
+    generators = [generator(seed, "noise", number) for number in numbers]
     texts = prompts or PROMPTS
     offered: dict[str, Callable[[], Any]] = {
         "batch_size": lambda: len(numbers),
-        "class_labels": lambda: [_random_int(seed, number, _classes(pipeline), 1) for number in numbers],
+        "class_labels": lambda: [_label(seed, number, _classes(pipeline)) for number in numbers],
         "prompt": lambda: [texts[number % len(texts)] for number in numbers],
         "generator": lambda: generators,
         "num_inference_steps": lambda: sampling["steps"],
@@ -139,8 +138,8 @@ def _seeded(step: Callable[..., Any], generators: list[torch.Generator], eta: fl
     return seeded
 
 
-def _random_int(seed: int, number: int, below: int, stream: int = 0) -> int:
-    return int(np.random.default_rng((seed, number, stream)).integers(below))
+def _label(seed: int, number: int, classes: int) -> int:
+    return int(torch.randint(classes, (), generator=generator(seed, "label", number)))
 
 
 def _classes(pipeline: DiffusionPipeline) -> int:

@@ -1,0 +1,292 @@
+"""What a denoiser computes, found by running it: layers in order, their sizes and roles, attention, blocks.
+
+Nothing here goes by names or positions of particular models: which layer is the first or belongs to the time embedding
+follows from what was executed when, and from whether its input changes with the sample or with the timestep.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.downsampling import Downsample1D, Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.upsampling import Upsample1D, Upsample2D
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitstep.calls import Call, run
+from bitstep.layers import QUANTIZABLE
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One executed Linear, Conv1d or Conv2d. MACs are multiply-accumulates of one sample, over all its ``runs``.
+
+    input_shape and output_shape are those of the first run, the batch included; ``positions`` is how often the weight
+    is applied per sample in that run (output pixels or tokens).
+    """
+
+    name: str
+    macs: int
+    runs: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    positions: int
+    sees_sample: bool
+    sees_timestep: bool
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that computes scaled dot-product attention itself (not in a child).
+
+    Shapes ``[batch, heads, tokens, width]`` of its first run; ``macs`` of both matrix products of one sample.
+    """
+
+    name: str
+    macs: int
+    runs: int
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A denoiser as its execution shows it; layers are named by their path in the denoiser.
+
+    layers: in order of execution; a module that runs several times, or sits at several paths, once
+    first, last: the first layer whose input depends on the sample, and the last one executed
+    time_embedding: layers that turn the timestep into an embedding, before the sample is looked at
+    skip: 1x1 convolutions beside the main path of a block whose channel count changes
+    downsample, upsample: convolutions that change the resolution
+    left_alone: layers with weights that are not in ``layers``, and why
+    total_macs: all matrix products and convolutions of one sample, attention included
+    """
+
+    layers: tuple[LayerInfo, ...]
+    first: str
+    last: str
+    time_embedding: tuple[str, ...]
+    skip: tuple[str, ...]
+    downsample: tuple[str, ...]
+    upsample: tuple[str, ...]
+    attention: tuple[AttentionSite, ...]
+    left_alone: Mapping[str, str]
+    total_macs: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the denoiser to be fitted by itself: a module and the quantizable layers in it, in execution order."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@torch.no_grad()
+def trace(denoiser: nn.Module, call: Call) -> Structure:
+    """Run ``denoiser`` on ``call`` three times: as it is, with another sample, and with other timesteps."""
+    with _observed(denoiser) as seen, FlopCounterMode(display=False) as counter:
+        batch = len(run(denoiser, call))
+    other_sample, other_timestep = (_layer_runs(denoiser, other) for other in _perturbed(denoiser, call))
+    layers = tuple(
+        _layer_info(
+            name,
+            denoiser.get_submodule(name),
+            runs,
+            batch,
+            sees_sample=runs != other_sample.get(name),
+            sees_timestep=runs != other_timestep.get(name),
+        )
+        for name, runs in seen.layers.items()
+    )
+    first = next(i for i, layer in enumerate(layers) if layer.sees_sample)
+    convolutions = [layer.name for layer in layers if _is_convolution(denoiser.get_submodule(layer.name))]
+    return Structure(
+        layers=layers,
+        first=layers[first].name,
+        last=seen.last,
+        time_embedding=tuple(
+            layer.name
+            for i, layer in enumerate(layers)
+            if _inside(denoiser, layer.name, TimestepEmbedding)
+            or (i < first and layer.sees_timestep and not layer.sees_sample)
+        ),
+        skip=tuple(name for name in convolutions if _is_skip(denoiser, name)),
+        downsample=tuple(
+            name
+            for name in convolutions
+            if (_strided(denoiser, name) and name != layers[first].name)  # the first strided one cuts patches
+            or _inside(denoiser, name, Downsample1D, Downsample2D)
+        ),
+        upsample=tuple(name for name in convolutions if _inside(denoiser, name, Upsample1D, Upsample2D)),
+        attention=tuple(_attention_site(name, runs, batch) for name, runs in seen.attention.items()),
+        left_alone=_left_alone(denoiser, seen.layers),
+        total_macs=counter.get_total_flops() // 2 // batch,
+    )
+
+
+def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
+    """The parts that block-wise distillation fits one after another, in execution order; every layer is in one.
+
+    A block is an element of a ModuleList with a normalisation and at least two layers in it, and no such block inside:
+    a residual block, an attention or transformer block. Every other layer is a block of its own.
+    """
+    names = [layer.name for layer in structure.layers]
+    elements = {
+        f"{path}.{child}": [name for name in names if name.startswith(f"{path}.{child}.")]
+        for path, module in denoiser.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for child, element in module.named_children()
+        if any("Norm" in type(part).__name__ for part in element.modules())
+    }
+    candidates = {path: layers for path, layers in elements.items() if len(layers) >= 2}
+    innermost = {
+        path: layers
+        for path, layers in candidates.items()
+        if not any(other.startswith(f"{path}.") for other in candidates)
+    }
+    owner = {name: path for path, layers in innermost.items() for name in layers}
+    ordered = dict.fromkeys(owner.get(name, name) for name in names)
+    return tuple(Block(path, tuple(innermost.get(path, [path]))) for path in ordered)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One execution of a layer; the checksum tells whether its input was the same in another forward."""
+
+    input_shape: torch.Size
+    output_shape: torch.Size
+    checksum: tuple[float, float]
+
+
+class _Observation(TorchFunctionMode):
+    """What happened in one forward, filled in by hooks; as a mode, it sees the calls of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[str, list[_Run]] = {}
+        self.attention: dict[str, list[tuple[torch.Size, torch.Size, torch.Size]]] = {}
+        self.last = ""
+        self._running: list[str] = []
+
+    def enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def layer_ran(self, name: str, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        x = args[0].double()
+        checksum = x.sum().item(), x.square().sum().item()
+        self.layers.setdefault(name, []).append(_Run(x.shape, output.shape, checksum))
+        self.last = name
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            operands = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
+            query, key, value = (operand.shape for operand in operands[:3])
+            self.attention.setdefault(self._running[-1], []).append((query, key, value))
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
+    seen = _Observation()
+    with ExitStack() as stack:
+        for name, module in denoiser.named_modules():
+            stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
+            if isinstance(module, QUANTIZABLE):
+                stack.callback(module.register_forward_hook(functools.partial(seen.layer_ran, name)).remove)
+            stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
+        stack.enter_context(seen)
+        # attention as plain matrix products: the fused kernels of the CPU are invisible to FlopCounterMode
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield seen
+
+
+def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:
+    with _observed(denoiser) as seen:
+        run(denoiser, call)
+    return seen.layers
+
+
+def _layer_info(
+    name: str, layer: nn.Module, runs: list[_Run], batch: int, *, sees_sample: bool, sees_timestep: bool
+) -> LayerInfo:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    positions = [run.output_shape.numel() // len(weight) for run in runs]
+    return LayerInfo(
+        name,
+        macs=sum(positions) * weight.numel() // batch,
+        runs=len(runs),
+        input_shape=tuple(runs[0].input_shape),
+        output_shape=tuple(runs[0].output_shape),
+        positions=positions[0] // batch,
+        sees_sample=sees_sample,
+        sees_timestep=sees_timestep,
+    )
+
+
+def _attention_site(name: str, runs: list[tuple[torch.Size, torch.Size, torch.Size]], batch: int) -> AttentionSite:
+    # every query meets every key (of the query's width) and every value (of its own)
+    macs = sum(q[:-1].numel() * k[-2] * (q[-1] + v[-1]) for q, k, v in runs)
+    query, key, value = runs[0]
+    return AttentionSite(name, macs // batch, len(runs), tuple(query), tuple(key), tuple(value))
+
+
+def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:
+    """``call`` with another sample (a denoiser's first argument), and with other timesteps within the schedule."""
+    first = next(iter(inspect.signature(denoiser.forward).parameters))
+    sample, timestep = call.arguments[first], call.timestep
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
+    halved = torch.where(timestep > 0, timestep / 2, 1).to(timestep)
+    name = next(name for name, value in call.arguments.items() if value is timestep)
+    return Call({**call.arguments, first: sample + noise}), Call({**call.arguments, name: halved})
+
+
+def _left_alone(denoiser: nn.Module, executed: Container[str]) -> dict[str, str]:
+    reasons = {}
+    for name, module in denoiser.named_modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        if not matrices or next(module.children(), None) is not None or name in executed:
+            continue
+        is_layer = isinstance(module, QUANTIZABLE)
+        reasons[name] = "never ran" if is_layer else f"{type(module).__name__} is not a Linear, Conv1d or Conv2d"
+    return reasons
+
+
+def _inside(denoiser: nn.Module, name: str, *types: type[nn.Module]) -> bool:
+    """Whether a module of these types holds the layer ``name`` directly or further up."""
+    parts = name.split(".")
+    return any(isinstance(denoiser.get_submodule(".".join(parts[:i])), types) for i in range(len(parts)))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d)
+
+
+def _strided(denoiser: nn.Module, name: str) -> bool:
+    convolution = denoiser.get_submodule(name)
+    return isinstance(convolution, nn.Conv1d | nn.Conv2d) and max(convolution.stride) > 1
+
+
+def _is_skip(denoiser: nn.Module, name: str) -> bool:
+    convolution, parent = denoiser.get_submodule(name), denoiser.get_submodule(name.rpartition(".")[0])
+    assert isinstance(convolution, nn.Conv1d | nn.Conv2d)
+    wide = [c for c in parent.children() if isinstance(c, nn.Conv1d | nn.Conv2d) and max(c.kernel_size) > 1]
+    changes_channels = convolution.in_channels != convolution.out_channels
+    return max(convolution.kernel_size) == 1 and changes_channels and bool(wide) and parent is not denoiser
