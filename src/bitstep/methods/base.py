@@ -1,0 +1,174 @@
+"""The slots that make a method: what is rewritten, how weights and activations are quantized, what is trained on what."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, SerializeAsAny
+from torch import Tensor, nn
+
+from bitstep.calls import Call, Pool
+from bitstep.layers import FakeQuantized
+from bitstep.numerics.uniform import RangeMethod
+from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
+from bitstep.slots import Slot, Variant
+from bitstep.steps import StepCursor
+from bitstep.structure import Structure
+from bitstep.surgery import Coverage, Rule
+
+Effort = Literal["quick", "standard", "full"]
+
+
+class Weights(Variant):
+    """How a float weight becomes codes."""
+
+    @abstractmethod
+    def layer_bits(self, bits: float) -> int:
+        """The bits of an ordinary layer for an average of ``bits``; raises ValueError where that cannot be."""
+
+    @abstractmethod
+    def build(self, weight: Tensor, bits: int) -> WeightQuantizer:
+        """The quantizer of one layer's weight ``[out, in, *kernel]``, its range initialised from the weight."""
+
+
+class UniformWeights(Weights):
+    """Uniform codes, per output channel; ``rank`` > 0 trains a merged low-rank adapter instead of the weight itself."""
+
+    kind: Literal["uniform"] = "uniform"
+    symmetric: bool = True
+    range: RangeMethod = "mse"
+    rank: int = Field(0, ge=0)
+
+    def layer_bits(self, bits: float) -> int:
+        if bits not in range(2, 9):
+            raise ValueError(f"uniform weights take 2 to 8 whole bits, got {bits:g}")
+        return int(bits)
+
+    def build(self, weight: Tensor, bits: int) -> WeightQuantizer:
+        source: WeightSource = MergedLoRA(weight, self.rank) if self.rank else DenseWeight(weight)
+        return UniformWeight(source, bits, symmetric=self.symmetric, method=self.range)
+
+
+class Activations(Slot):
+    """Activation quantizers: one row per key timestep or a single static one, ranges found per (layer, step)."""
+
+    per_step: bool = True
+    range: RangeMethod = "mse"
+
+
+class Layers(Slot):
+    """Which layers are quantized: a named coverage, then the user's rules, later ones winning."""
+
+    coverage: Coverage = "full"
+    rules: tuple[Rule, ...] = ()
+
+
+class Calibration(Slot):
+    """The full-precision trajectories everything is fitted to: ``images`` of them, ``steps`` sampling steps each.
+
+    bf16: run the teacher in bfloat16.
+    eta: noise of a DDIM sampler, None for the pipeline's default. guidance_scale: likewise.
+    range_images: how many of them set the activation ranges.
+    """
+
+    images: PositiveInt = 64
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 16
+    bf16: bool = False
+    eta: NonNegativeFloat | None = None
+    guidance_scale: NonNegativeFloat | None = None
+    range_images: PositiveInt = 16
+
+
+class LearningRates(Slot):
+    """Peak learning rate per role; 0 freezes a role.
+
+    ``adapter`` and ``weight`` are relative to the layer's mean weight step size (scale-aware: every layer then moves by
+    the same fraction of its own step); the scales are learned as logarithms, so theirs are relative too; zero points
+    are in codes.
+    """
+
+    adapter: NonNegativeFloat = 0.0
+    weight: NonNegativeFloat = 0.0
+    weight_scale: NonNegativeFloat = 0.0
+    weight_zero_point: NonNegativeFloat = 0.0
+    activation_scale: NonNegativeFloat = 0.0
+    activation_zero_point: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
+
+    ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    layers: Mapping[str, FakeQuantized]
+    structure: Structure
+    cursor: StepCursor
+    pool: Pool
+    stream: Callable[[int], Pool]
+    folder: Path
+    seed: int
+
+    def batch(self, pool: Pool, indices: Tensor) -> tuple[Call, Tensor]:
+        """``pool.batch(indices)`` on the student's device, images channels-last (the faster layout of convolutions)."""
+        device = next(self.student.parameters()).device
+        call, target = pool.batch(indices)
+        return call.map(lambda _, tensor: _channels_last(tensor).to(device)), target.to(device)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the student trained on its own: its layers, and ``loss(iteration)``, a pure function of the iteration
+    and the parameters, so that a resumed run repeats it exactly."""
+
+    name: str
+    layers: Mapping[str, FakeQuantized]
+    loss: Callable[[int], Tensor]
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+class Objective(Variant):
+    """What training minimises."""
+
+    @abstractmethod
+    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        """The units in training order from number ``start`` on; each is asked for when the one before is trained."""
+
+
+class Phase(Slot):
+    """One stretch of training."""
+
+    objective: SerializeAsAny[Objective]
+    iterations: PositiveInt
+    batch_size: PositiveInt
+    learning_rates: LearningRates
+    decay: Literal["linear", "cosine"] = "linear"
+    weight_decay: NonNegativeFloat = 0.0
+    dense_adam: bool = False
+    gradient_checkpointing: bool = False
+
+
+class Method(Slot):
+    """A composition of slots. ``efforts`` maps an effort to overrides (``slot.key`` -> value); ``full`` is as written."""
+
+    name: str
+    weights: SerializeAsAny[Weights] = UniformWeights()
+    activations: Activations = Activations()
+    layers: Layers = Layers()
+    calibration: Calibration = Calibration()
+    training: tuple[Phase, ...] = ()
+    efforts: Mapping[Effort, Mapping[str, Any]] = {}
+
+

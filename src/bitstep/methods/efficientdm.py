@@ -1,0 +1,74 @@
+"""EfficientDM (arXiv 2310.03270): quantization-aware low-rank adapters, distilled without data.
+
+    Y = Q(X; s_x[t]) * Q(W0 + up @ down; s_w)
+    minimise || eps_fp(x_t, t, c) - eps_q(x_t, t, c) ||^2  on the full-precision model's own x_t
+
+Merged adapters (:class:`bitstep.quantizers.weights.MergedLoRA`), learning rates relative to each layer's weight step
+size ("scale-aware optimization": the paper multiplies gradients by it, which Adam would undo), an activation step size
+per timestep (TALSQ: :class:`bitstep.quantizers.activations.ActivationQuantizer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitstep.calls import run
+from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
+from bitstep.randomness import draw
+
+
+class TrajectoryDistillation(Objective):
+    """End-to-end distillation of the denoiser's output along full-precision trajectories.
+
+    Where the pipeline combines a guidance batch, the loss is on the guided output. x_{t-1} never depends on the
+    student, so the trajectories can be recorded ahead and ``shuffled`` (batches mix timesteps), or generated while
+    training (``streaming``: one trajectory batch after another, its steps in order, nothing on disk).
+    """
+
+    kind: Literal["trajectory"] = "trajectory"
+    order: Literal["shuffled", "streaming"] = "shuffled"
+
+    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        def loss(iteration: int) -> Tensor:
+            if self.order == "shuffled":
+                pool = context.pool
+                indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)
+            else:
+                trajectory, step = divmod(iteration, len(context.pool.timesteps))
+                pool = context.stream(trajectory)
+                indices = pool.indices_at(len(pool.timesteps) - 1 - step)[: phase.batch_size]
+            call, target = context.batch(pool, indices)
+            return distance(run(context.student, call), target, pool.guidance)
+
+        if start == 0:
+            yield Unit("denoiser", context.layers, loss)
+
+
+def distance(output: Tensor, target: Tensor, guidance: Tensor | None) -> Tensor:
+    """Mean squared error of two denoiser outputs ``[chunks*batch, ...]``, after guidance has combined the chunks."""
+    error = output.float() - target.float()
+    if guidance is not None:
+        error = torch.einsum("k,kb...->b...", guidance.to(error), error.unflatten(0, (len(guidance), -1)))
+    return error.square().mean()
+
+
+EFFICIENTDM = Method(
+    name="efficientdm",
+    weights=UniformWeights(rank=32),
+    calibration=Calibration(images=640, steps=100, eta=1.0),
+    training=(
+        Phase(
+            objective=TrajectoryDistillation(),
+            iterations=16_000,
+            batch_size=4,
+            learning_rates=LearningRates(
+                adapter=4e-4, weight_scale=1e-6, activation_scale=5e-4, activation_zero_point=5e-4
+            ),
+            weight_decay=0.01,
+        ),
+    ),
+)

@@ -1,0 +1,150 @@
+"""Recipes: a method's name or a YAML file, bits, effort and overrides -> one frozen, validated :class:`Recipe`.
+
+A YAML recipe starts from a method (``base:``) and changes slots, or names all of them:
+
+    base: efficientdm
+    weights: {rank: 16}
+    layers: {rules: [{match: "*.to_out.0", weight_bits: 8}]}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from bitstep.errors import UsageError
+from bitstep.methods import METHODS
+from bitstep.methods.base import Effort, Method
+from bitstep.slots import Slot, nearest
+from bitstep.surgery import WEIGHT_ONLY_BITS
+
+_BITS = re.compile(r"W(\d+(?:\.\d+)?)A(\d+)")
+
+
+class Recipe(Slot):
+    """All that decides the result, besides the source and the seed."""
+
+    bits: str
+    weight_bits: int
+    activation_bits: int
+    method: Method
+
+
+def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a method's name or a YAML file, with the effort's settings and ``slot.key=value`` overrides.
+
+    Raises UsageError naming what is unknown, with the nearest valid name.
+    """
+    settings = _from_file(Path(recipe)) if str(recipe).endswith((".yaml", ".yml")) else _from_name(str(recipe))
+    if effort not in get_args(Effort):
+        raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
+    efforts = settings.get("efforts") or {}
+    for path, value in dict(efforts.get(effort) or {}).items():
+        _put(settings, path, value)
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals:
+            raise UsageError(f"expected slot.key=value, got {override!r}")
+        _put(settings, path.strip(), yaml.safe_load(value))
+    method = _validate(settings)
+    weight_bits, activation_bits = parse_bits(bits)
+    try:
+        layer_bits = method.weights.layer_bits(weight_bits)
+    except ValueError as error:
+        raise UsageError(f"bits {bits!r} do not suit recipe {method.name!r}: {error}") from error
+    return Recipe(bits=bits, weight_bits=layer_bits, activation_bits=activation_bits, method=method)
+
+
+def parse_bits(bits: str) -> tuple[float, int]:
+    """``"W4A8"`` -> (4.0, 8). Activations take 2 to 8 bits, or 32 to stay in floating point."""
+    match = _BITS.fullmatch(bits)
+    if not match:
+        raise UsageError(f"bits are written WxAy, such as W4A4; got {bits!r}")
+    weight, activation = float(match[1]), int(match[2])
+    if activation not in (*range(2, 9), WEIGHT_ONLY_BITS):
+        raise UsageError(f"activations take 2 to 8 bits, or {WEIGHT_ONLY_BITS} to stay in floating point; got {bits!r}")
+    if not 1 <= weight <= 8:
+        raise UsageError(f"weights take 1 to 8 bits; got {bits!r}")
+    return weight, activation
+
+
+def _from_name(name: str) -> dict[str, Any]:
+    if name not in METHODS:
+        raise UsageError(f"unknown recipe {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}, or a .yaml file")
+    return METHODS[name].model_dump()
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path} is no mapping of slots")
+    settings = _from_name(content.pop("base")) if "base" in content else {}
+    settings["name"] = content.pop("name", path.stem)
+    return _merge(settings, content)
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """Mappings merge key by key, unless the change chooses another kind; anything else is replaced."""
+    if not isinstance(base, Mapping) or not isinstance(change, Mapping):
+        return change
+    if change.get("kind", base.get("kind")) != base.get("kind"):
+        return dict(change)
+    return {**base, **{key: _merge(base.get(key), value) for key, value in change.items()}}
+
+
+def _put(settings: Any, path: str, value: Any) -> None:
+    """Set ``a.b.0.c`` in nested mappings and sequences; the last key may be new (validation then judges it)."""
+    *parents, last = path.split(".")
+    place = settings
+    for key in parents:
+        place = _enter(place, key, path)
+    if isinstance(place, list):
+        _enter(place, last, path)
+        place[int(last)] = _merge(place[int(last)], value)
+    else:
+        place[last] = _merge(place.get(last), value)
+
+
+def _enter(place: Any, key: str, path: str) -> Any:
+    if isinstance(place, list):
+        if key.isdecimal() and int(key) < len(place):
+            return place[int(key)]
+        raise UsageError(f"cannot set {path!r}: expected a number below {len(place)} in the place of {key!r}")
+    if not isinstance(place, dict) or key not in place:
+        known = place if isinstance(place, dict) else ()
+        raise UsageError(f"cannot set {path!r}: unknown slot {key!r}{nearest(key, known)}")
+    return place[key]
+
+
+def _validate(settings: dict[str, Any]) -> Method:
+    try:
+        return Method.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _fields_beside(first["loc"], settings)
+            raise UsageError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
+        raise UsageError(f"recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _fields_beside(location: tuple[int | str, ...], settings: dict[str, Any]) -> set[str]:
+    """Valid field names where an unknown key stood: of any slot with most of that mapping's other keys."""
+    place: Any = settings
+    for part in location[:-1]:
+        place = place[part] if not isinstance(part, str) or part in place else place
+    return {field for slot in _all_slots(Slot) if set(place) & set(slot.model_fields) for field in slot.model_fields}
+
+
+def _all_slots(cls: type[Slot]) -> Iterable[type[Slot]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _all_slots(sub)

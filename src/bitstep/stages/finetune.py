@@ -1,0 +1,167 @@
+"""Fine-tune: the only training loop. It reads slots, yields after every step, and can stop and go on anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from bitstep.errors import BitstepError
+from bitstep.layers import FakeQuantized
+from bitstep.methods.base import Context, LearningRates, Phase
+from bitstep.optim import RowSparseAdam
+
+TABLES = ("activation_scale", "activation_zero_point")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished training step."""
+
+    phase: int
+    unit: int
+    name: str
+    iteration: int
+    iterations: int
+    loss: float
+
+
+@dataclass
+class TrainingState:
+    """Where training stands: the next iteration to run, and the optimizers of the unit being trained.
+
+    ``moments`` are the optimizers' saved tensors, waiting to be taken up when that unit's optimizers are built.
+    """
+
+    phase: int = 0
+    unit: int = 0
+    iteration: int = 0
+    optimizers: tuple[Optimizer, ...] = ()
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+
+def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) -> Iterator[Step]:
+    """Train ``context.student`` through ``phases`` from ``state`` on; ``state`` and the student change in place.
+
+    Raises :class:`BitstepError` when a loss is not finite.
+    """
+    while state.phase < len(phases):
+        phase = phases[state.phase]
+        for unit in phase.objective.units(context, phase, state.unit):
+            state.optimizers = optimizers(unit.layers, phase)
+            restore_moments(state)
+            while state.iteration < phase.iterations:
+                schedule = _decay(phase, state.iteration)
+                for optimizer in state.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * schedule
+                loss = unit.loss(state.iteration)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise BitstepError(
+                        f"the loss became {value} in {unit.name} at iteration {state.iteration}; "
+                        "lower the learning rates (--set training.N.learning_rates...)"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                for optimizer in state.optimizers:
+                    optimizer.step()
+                state.iteration += 1
+                yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
+            state.unit, state.iteration, state.optimizers = state.unit + 1, 0, ()
+        state.phase, state.unit = state.phase + 1, 0
+
+
+def optimizers(layers: Mapping[str, FakeQuantized], phase: Phase) -> tuple[Optimizer, ...]:
+    """AdamW for weights and scales, row-sparse Adam for per-timestep tables (unless ``phase.dense_adam``)."""
+    dense, tables = [], {}
+    for layer in layers.values():
+        for role, parameters in roles(layer).items():
+            rate = getattr(phase.learning_rates, role)
+            if not rate or not parameters:
+                continue
+            if role in TABLES and not phase.dense_adam:
+                tables.setdefault((role, len(parameters[0])), []).extend(parameters)
+                continue
+            relative = role in ("adapter", "weight")
+            peak = rate * float(layer.weight_quantizer.step_size()) if relative else rate
+            decay = phase.weight_decay if relative else 0.0  # decaying a log scale would pull every step size to 1
+            dense.append({"params": parameters, "peak_lr": peak, "lr": peak, "weight_decay": decay})
+    sparse = []
+    for (role, _), parameters in tables.items():
+        rate = getattr(phase.learning_rates, role)
+        sparse.append({"params": parameters, "peak_lr": rate, "lr": rate})
+    built: list[Optimizer] = []
+    if dense:
+        built.append(AdamW(dense, fused=True))
+    if sparse:
+        built.append(RowSparseAdam(sparse))
+    return tuple(built)
+
+
+def roles(layer: FakeQuantized) -> dict[str, list[nn.Parameter]]:
+    """The layer's trainable parameters by role (the fields of :class:`LearningRates`)."""
+    found: dict[str, list[nn.Parameter]] = {role: [] for role in LearningRates.model_fields}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            found[_role(name)].append(parameter)
+    return found
+
+
+def _role(name: str) -> str:
+    if name.startswith("input_quantizer."):
+        return "activation_scale" if name.endswith("log_scale") else "activation_zero_point"
+    if name.startswith("weight_quantizer.source."):
+        return "weight" if name.endswith(".weight") else "adapter"
+    return "weight_scale" if name.endswith("log_scale") else "weight_zero_point"
+
+
+def moments(state: TrainingState) -> dict[str, Tensor]:
+    """The optimizers' state as flat tensors."""
+    return {
+        f"{number}.{index}.{key}": value
+        for number, optimizer in enumerate(state.optimizers)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
+
+
+def restore_moments(state: TrainingState) -> None:
+    """Give saved moments back to freshly built optimizers."""
+    if not state.moments:
+        return
+    for number, optimizer in enumerate(state.optimizers):
+        saved = optimizer.state_dict()
+        saved["state"] = {}
+        for name, value in state.moments.items():
+            owner, index, key = name.split(".")
+            if int(owner) == number:
+                saved["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(saved)
+    state.moments = {}
+
+
+def _decay(phase: Phase, iteration: int) -> float:
+    left = 1 - iteration / phase.iterations
+    return left if phase.decay == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+
+
+def trained_tensors(layers: Mapping[str, FakeQuantized]) -> dict[str, Tensor]:
+    """The parameters that training may have changed, by name; what a saved state holds besides the moments."""
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trained_tensors(layers: Mapping[str, FakeQuantized], saved: Mapping[str, Tensor]) -> None:
+    """Inverse of :func:`trained_tensors`."""
+    for name, parameter in trained_tensors(layers).items():
+        parameter.copy_(saved[name])

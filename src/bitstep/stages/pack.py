@@ -1,0 +1,31 @@
+"""Pack: the trained student's codes and tables, handed to the checkpoint format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from bitstep.checkpoint import PackedLayer
+from bitstep.layers import FakeQuantized
+from bitstep.surgery import Plan
+
+
+@torch.no_grad()
+def packed_layers(layers: Mapping[str, FakeQuantized], plan: Plan) -> dict[str, PackedLayer]:
+    """What the packed model stores for every quantized layer."""
+    macs = {layer.name: layer.macs for layer in plan.layers}
+    packed = {}
+    for name, layer in layers.items():
+        quantizer = layer.input_quantizer
+        scale, zero_point = (None, None) if quantizer is None else quantizer.tables()
+        packed[name] = PackedLayer(
+            weight=layer.weight_quantizer.codes(),
+            bias=layer.bias,
+            input_scale=scale,
+            input_zero_point=None if zero_point is None else zero_point.to(torch.uint8),
+            activation_bits=None if quantizer is None else quantizer.bits,
+            channel_reciprocal=layer.channel_reciprocal,
+            macs=macs[name],
+        )
+    return packed

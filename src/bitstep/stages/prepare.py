@@ -1,0 +1,74 @@
+"""Calibrate, last part: a student whose layers are fake-quantized, its ranges set from the recorded calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from bitstep.calls import Pool
+from bitstep.layers import FakeQuantized
+from bitstep.methods.base import Method, UniformWeights
+from bitstep.numerics.uniform import search_range
+from bitstep.quantizers.activations import ActivationQuantizer
+from bitstep.stages.ranges import observe
+from bitstep.steps import StepCursor, StepGrid
+from bitstep.structure import Structure, trace
+from bitstep.surgery import LayerPlan, Plan, operate, plan
+
+
+@dataclass(frozen=True)
+class Student:
+    """A fake-quantized copy of the teacher, ready to train or to pack."""
+
+    denoiser: nn.Module
+    layers: dict[str, FakeQuantized]
+    plan: Plan
+    structure: Structure
+    cursor: StepCursor
+
+
+def prepare(
+    teacher: nn.Module,
+    pool: Pool,
+    method: Method,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Student:
+    """Decide the plan, observe the teacher's activations on ``pool``, and replace the layers of a copy of it."""
+    device = next(teacher.parameters()).device
+    structure = trace(teacher, pool.batch(pool.indices_at(0)[:2])[0].to(device))
+    decided = plan(
+        teacher,
+        structure,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        per_step=method.activations.per_step,
+        coverage=method.layers.coverage,
+        rules=method.layers.rules,
+    )
+    names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
+    observed = observe(teacher, pool, names, images=method.calibration.range_images, progress=progress) if names else {}
+    cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
+
+    def build(layer: LayerPlan, module: nn.Module) -> FakeQuantized:
+        assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        weights = method.weights if layer.trained else UniformWeights()
+        weight_quantizer = weights.build(module.weight, layer.weight_bits)
+        input_quantizer = None
+        if layer.activation_bits is not None:
+            values = observed[layer.name] if layer.per_step else observed[layer.name].reshape(1, -1)
+            scale, zero_point = search_range(
+                values, layer.activation_bits, symmetric=False, method=method.activations.range
+            )
+            input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor)
+        return FakeQuantized(module, weight_quantizer, input_quantizer).to(device)
+
+    student = copy.deepcopy(teacher)
+    layers = operate(student, decided, build)
+    cursor.attach(student)
+    return Student(student, layers, decided, structure, cursor)

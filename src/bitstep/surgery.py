@@ -1,0 +1,141 @@
+"""Which layer gets how many bits, and the replacement of the layers by fake-quantized ones.
+
+A plan is made of rules over the layers that :mod:`bitstep.structure` found by running the denoiser: first the policy's
+own (sensitive layers at 8 bits, the named coverage), then the user's globs, later rules winning over earlier ones. A
+rule that matches no layer is an error: a setting that silently does nothing is worse than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from bitstep.errors import UsageError
+from bitstep.layers import FakeQuantized, refusal
+from bitstep.slots import Slot
+from bitstep.structure import Structure
+
+SENSITIVE_BITS = 8
+WEIGHT_ONLY_BITS = 32
+"""Activation bits that mean "leave activations in floating point"."""
+
+
+class Rule(Slot):
+    """Bits for the layers whose name matches a glob and, if given, whose class or a base of it has the name ``type``."""
+
+    match: str
+    type: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer. ``activation_bits`` is None for floating-point activations."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int | None
+    per_step: bool
+    trained: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The quantized layers in execution order, the layers left alone with the reason, and the share of MACs covered."""
+
+    layers: tuple[LayerPlan, ...]
+    left_alone: Mapping[str, str]
+    total_macs: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of the denoiser's multiply-accumulates that run quantized, 0..1."""
+        return sum(layer.macs for layer in self.layers) / self.total_macs
+
+
+Coverage = Literal["full", "efficientdm"]
+
+
+def plan(
+    denoiser: nn.Module,
+    structure: Structure,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    per_step: bool,
+    coverage: Coverage,
+    rules: tuple[Rule, ...] = (),
+) -> Plan:
+    """Decide for every layer of ``structure``.
+
+    Time embedding, first and last layer get 8 bits, a static activation scale and no training. ``coverage`` "full"
+    quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip connections, downsampling
+    convolutions and Conv1d attention in floating point, as that paper's published models do.
+    """
+    sensitive = {structure.first, structure.last, *structure.time_embedding}
+    bits = None if activation_bits >= WEIGHT_ONLY_BITS else activation_bits
+    layers: list[LayerPlan] = []
+    left_alone = dict(structure.left_alone)
+    unused = set(rules)
+    for info in structure.layers:
+        module = denoiser.get_submodule(info.name)
+        layer = LayerPlan(info.name, weight_bits, bits, per_step and bits is not None, True, info.macs)
+        if info.name in sensitive:
+            wide = None if bits is None else SENSITIVE_BITS
+            layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, per_step=False, trained=False)
+        reason = refusal(module) or (_outside_paper_coverage(info.name, module, structure) if coverage != "full" else None)
+        for rule in rules:
+            if not fnmatchcase(info.name, rule.match) or (rule.type and rule.type not in _type_names(module)):
+                continue
+            unused.discard(rule)
+            reason = refusal(module) or (f"rule {rule.match!r} skips it" if rule.skip else None)
+            layer = replace(
+                layer,
+                weight_bits=rule.weight_bits or layer.weight_bits,
+                activation_bits=rule.activation_bits or layer.activation_bits,
+            )
+        if reason:
+            left_alone[info.name] = reason
+        else:
+            layers.append(layer)
+    if unused:
+        names = ", ".join(repr(rule.match) for rule in rules if rule in unused)
+        raise UsageError(f"layer rule {names} matches no layer; names look like {structure.layers[0].name!r}")
+    if not layers:
+        raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
+    return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def operate(
+    denoiser: nn.Module, plan: Plan, build: Callable[[LayerPlan, nn.Module], FakeQuantized]
+) -> dict[str, FakeQuantized]:
+    """Replace every planned layer of ``denoiser`` by ``build(its plan, the layer)``; everything else stops training."""
+    denoiser.requires_grad_(False)
+    layers = {}
+    for layer in plan.layers:
+        quantized = build(layer, denoiser.get_submodule(layer.name))
+        quantized.requires_grad_(layer.trained)
+        denoiser.set_submodule(layer.name, quantized)
+        layers[layer.name] = quantized
+    return layers
+
+
+def _outside_paper_coverage(name: str, module: nn.Module, structure: Structure) -> str | None:
+    if name in structure.skip:
+        return "coverage 'efficientdm' leaves skip connections in floating point"
+    if name in structure.downsample:
+        return "coverage 'efficientdm' leaves downsampling in floating point"
+    if isinstance(module, nn.Conv1d):
+        return "coverage 'efficientdm' leaves Conv1d attention in floating point"
+    return None
+
+
+def _type_names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}
