@@ -1,1 +1,1 @@
-"""Packed layers and the kernels that run them; imports no training code."""
+"""Running packed models: packed layers, the kernels that compute them, and the choice among kernels."""

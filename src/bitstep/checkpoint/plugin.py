@@ -1,0 +1,104 @@
+"""The diffusers plug-in: ``from_pretrained`` builds packed layers, ``save_pretrained`` writes them back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor
+
+from bitstep.checkpoint.config import BitstepConfig
+from bitstep.checkpoint.tensors import narrow, refusal
+from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.dispatch import set_backend
+from bitstep.runtime.layers import PackedModule, packed_like
+from bitstep.steps import StepCursor
+
+
+class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """What ``from_pretrained`` calls, in the order of the methods below."""
+
+    quantization_config: BitstepConfig
+    requires_calibration = True
+
+    def __init__(self, quantization_config: BitstepConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise UsageError("bitstep does not quantize while loading: run `bitstep quantize`, then load its output")
+        super().__init__(quantization_config, **kwargs)
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise BitstepError(f"packed weights are safetensors files only, got {checkpoint_files[0]}")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
+        manifest = self.quantization_config.manifest
+        cursor = None if manifest.step_grid is None else StepCursor(manifest.step_grid.grid())
+        modules = dict(model.named_modules())
+        for name, entry in manifest.layers.items():
+            if name not in modules:
+                raise BitstepError(f"the checkpoint packs a layer {name!r} which {type(model).__name__} does not have")
+            try:
+                model.set_submodule(name, packed_like(modules[name], entry.layer_format(), cursor))
+            except BitstepError as error:
+                raise BitstepError(f"{name}: {error}") from None
+        if cursor is not None:
+            cursor.attach(model)
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys:
+            raise BitstepError(
+                f"the weights lack {len(missing_keys)} tensors of {type(model).__name__}, {min(missing_keys)} first: "
+                "the checkpoint is incomplete"
+            )
+        return missing_keys
+
+    def check_if_quantized_param(self, model: ModelMixin, _: Tensor, param_name: str, *__: Any, **___: Any) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedModule)
+
+    def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
+        return True  # create_quantized_param looks at shape, dtype and values together
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        tensor = state_dict[param_name]  # param_value was cast to torch_dtype already
+        owner, name = param_name.rsplit(".", 1)
+        layer = model.get_submodule(owner)
+        assert isinstance(layer, PackedModule)
+        if why := refusal(layer, name, tensor):
+            raise BitstepError(f"{param_name}: {why}")
+        setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype))
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **_: Any) -> None:
+        set_backend(model)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if not safe_serialization:
+            raise UsageError("packed models are saved as safetensors only: leave safe_serialization on")
+        layers = self.quantization_config.manifest.layers
+
+        def stored(key: str, tensor: Tensor) -> Tensor:
+            owner, _, name = key.rpartition(".")
+            return tensor if owner in layers and name != "bias" else narrow(tensor)
+
+        return {key: stored(key, tensor) for key, tensor in state_dict.items()}, {}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,43 @@
+"""Which tensors a packed layer accepts from a file, and which float32 tensors go into one as float16."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from bitstep.runtime.layers import PackedModule
+
+
+def refusal(layer: PackedModule, name: str, tensor: Tensor) -> str | None:
+    """Why ``tensor`` cannot be the buffer ``name`` of ``layer``, or None when it can."""
+    expected, layer_format = layer.get_buffer(name), layer.format
+    if tensor.shape != expected.shape:
+        return f"expected the shape {list(expected.shape)}, got {list(tensor.shape)}"
+    dtypes = (torch.float32, torch.float16) if name == "bias" else (expected.dtype,)
+    if tensor.dtype not in dtypes:
+        return f"expected {expected.dtype}, got {tensor.dtype}"
+    match name:
+        case "weight_packed":
+            used = prod(layer.weight_shape[1:]) * layer_format.weight_bits % 8
+            if used and bool((tensor[..., -1] >> used).any()):
+                return "the bits after the last code of a row are not zero"
+        case "weight_zero_point" if int(tensor.max()) >= 2**layer_format.weight_bits:
+            return f"a zero point exceeds {layer_format.weight_bits} bits"
+        case "input_zero_point" if int(tensor.max()) >= 2 ** (layer_format.activation_bits or 0):
+            return f"a zero point exceeds {layer_format.activation_bits} bits"
+        case "weight_scale" | "bias" if not bool(tensor.isfinite().all()):
+            return "not every value is finite"
+        case "input_scale" | "input_channel_reciprocal":
+            if not bool(((tensor > 0) & tensor.isfinite() & tensor.reciprocal().isfinite()).all()):
+                return "not every value is positive and finite, with a finite reciprocal"
+    return None
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """``tensor`` as float16 where that loses nothing (the usual case when the source model was float16)."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor

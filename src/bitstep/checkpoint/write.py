@@ -1,0 +1,115 @@
+"""From what training leaves (codes, scales, tables) to a packed diffusers model that saves itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import accelerate
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from bitstep.checkpoint.config import BitstepConfig, Grid, LayerEntry, Macs, Manifest
+from bitstep.checkpoint.plugin import BitstepQuantizer
+from bitstep.numerics.packing import QuantizedWeight, pack
+from bitstep.steps import StepGrid
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One quantized layer, as training hands it over.
+
+    bias: float32 ``[out]`` or None
+    input_scale, input_zero_point: ``[T]``, one row per key of the grid, or ``[1]`` for a static quantizer; zero points
+        integer-valued; None, like ``activation_bits``, for activations in floating point
+    channel_reciprocal: ``[in]``, what the input is multiplied by before it is quantized, or None
+    macs: multiply-accumulates of the layer in one forward pass at batch 1
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    activation_bits: int | None
+    channel_reciprocal: Tensor | None
+    macs: int
+
+    def entry(self) -> LayerEntry:
+        """The layer's line in the manifest."""
+        zero_point, bits = self.weight.zero_point, self.weight.bits
+        return LayerEntry(
+            weight_bits=bits,
+            bases=len(self.weight.codes),
+            symmetric=zero_point is None or bool((zero_point == 2 ** (bits - 1)).all()),
+            activation_bits=self.activation_bits,
+            steps=0 if self.input_scale is None else len(self.input_scale),
+            channel_reciprocal=self.channel_reciprocal is not None,
+            macs=self.macs,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The layer's tensors under the names they have on disk."""
+        tensors = {
+            "weight_packed": pack(self.weight.codes, self.weight.bits),
+            "weight_scale": self.weight.scale,
+            "weight_zero_point": None if self.entry().symmetric else self.weight.zero_point,
+            "input_scale": self.input_scale,
+            "input_zero_point": None if self.input_zero_point is None else self.input_zero_point.to(torch.uint8),
+            "input_channel_reciprocal": self.channel_reciprocal,
+            "bias": self.bias,
+        }
+        return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+
+def pack_model(
+    denoiser: ModelMixin,
+    layers: Mapping[str, PackedLayer],
+    *,
+    grid: StepGrid | None,
+    modules_to_not_convert: Mapping[str, str],
+    total_macs: int,
+    recipe: Mapping[str, Any],
+) -> ModelMixin:
+    """A packed copy of ``denoiser``, equal to what ``from_pretrained`` returns for its ``save_pretrained``.
+
+    denoiser: the model before or after its layers were replaced for training; from it come the configuration and
+        every tensor that belongs to none of ``layers`` (as float32)
+    layers: what replaces each named layer
+    grid: the keys of the per-timestep tables; None when no layer has one
+    modules_to_not_convert: the layers left in floating point and why
+    total_macs: of one forward pass at batch 1
+    recipe: how the model was made, anything that JSON holds
+
+    BitstepError when a layer does not fit the denoiser.
+    """
+    manifest = Manifest(
+        step_grid=None if grid is None else Grid(keys=list(grid.keys), unit=grid.unit),
+        layers={name: layer.entry() for name, layer in layers.items()},
+        modules_to_not_convert=dict(modules_to_not_convert),
+        macs=Macs(total=total_macs, quantized=sum(layer.macs for layer in layers.values())),
+        recipe=dict(recipe),
+    )
+    config = BitstepConfig(**manifest.model_dump())
+    quantizer = BitstepQuantizer(config)
+    with accelerate.init_empty_weights():
+        model = cast(Any, type(denoiser)).from_config(denoiser.config)
+    quantizer.preprocess_model(model)
+
+    state = denoiser.state_dict()
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": tensor for key, tensor in layer.state().items()}
+    expected = model.state_dict().keys()
+    quantizer.update_missing_keys(model, sorted(expected - state.keys()), prefix="")
+    for key in expected:
+        if quantizer.check_if_quantized_param(model, state[key], key):
+            quantizer.create_quantized_param(model, state[key], key, denoiser.device, state)
+        else:
+            value = state[key].float() if state[key].is_floating_point() else state[key]
+            accelerate.utils.set_module_tensor_to_device(model, key, denoiser.device, value=value)
+    quantizer.postprocess_model(model)
+
+    model.hf_quantizer = quantizer
+    model.register_to_config(quantization_config=config)
+    return cast(ModelMixin, model.eval())

@@ -1,0 +1,72 @@
+"""The choice of a kernel for every packed layer: the first that does not refuse, or the one that was asked for."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.cpu import CpuKernel
+from bitstep.runtime.kernel import Kernel, Problem
+from bitstep.runtime.layers import PackedModule
+from bitstep.runtime.onednn import OneDnnKernel
+from bitstep.runtime.reference import ReferenceKernel
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuKernel(), OneDnnKernel(), ReferenceKernel())}
+"""Every kernel by name, the fastest first."""
+
+
+def reasons(problem: Problem) -> dict[str, list[str]]:
+    """Why each kernel cannot run ``problem``; an empty list where it can."""
+    return {name: kernel.unsupported(problem) for name, kernel in KERNELS.items()}
+
+
+def choose(problem: Problem, backend: str | None = None) -> Kernel:
+    """The first kernel that runs ``problem``, or the one named ``backend``; BitstepError when that one refuses."""
+    if backend is None:
+        return next(kernel for kernel in KERNELS.values() if not kernel.unsupported(problem))
+    kernel = named(backend)
+    if why := kernel.unsupported(problem):
+        able = [name for name, refusals in reasons(problem).items() if not refusals]
+        raise BitstepError(f"backend {backend!r} refuses: {', '.join(why)} (able: {', '.join(able)})")
+    return kernel
+
+
+def named(backend: str) -> Kernel:
+    """The kernel of that name, or UsageError."""
+    if backend not in KERNELS:
+        raise UsageError(f"there is no backend named {backend!r}: expected one of {', '.join(KERNELS)}")
+    return KERNELS[backend]
+
+
+def set_backend(model: nn.Module, backend: str | None = None) -> None:
+    """Choose the kernel of every packed layer of ``model``; ``backend`` forces one kernel by name.
+
+    The weights are re-laid out for it when a layer first runs. BitstepError, with the reason for each layer, when the
+    kernel cannot run them all; the model is then unchanged.
+    """
+    if backend is not None:
+        named(backend)
+    layers = packed_layers(model)
+    refusals = []
+    for name, layer in layers.items():
+        try:
+            choose(layer.problem, backend)
+        except BitstepError as error:
+            refusals.append(f"{name}: {error}")
+    if refusals:
+        raise BitstepError("; ".join(refusals))
+    for layer in layers.values():
+        layer.choose = partial(choose, backend=backend)
+        layer.forget_kernel()
+
+
+def kernels_in_use(model: nn.Module) -> dict[str, str]:
+    """The name of the kernel that runs each packed layer, by the layer's name."""
+    return {name: layer.kernel.name for name, layer in packed_layers(model).items()}
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}

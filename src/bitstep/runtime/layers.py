@@ -1,0 +1,236 @@
+"""Packed layers: linear layers and convolutions that hold b-bit codes, and run them with a kernel.
+
+They subclass the layers they replace, so that code which looks for an ``nn.Linear`` or ``nn.Conv2d`` (adapters, for
+one) finds them. The floating-point weight is never stored: :attr:`PackedModule.weight` is computed when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitstep.errors import BitstepError
+from bitstep.numerics.packing import QuantizedWeight, packed_size, unpack
+from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+
+Packable = nn.Linear | nn.Conv1d | nn.Conv2d
+_HYPERPARAMETERS = {*nn.Linear.__constants__, *nn.Conv2d.__constants__}
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one layer is packed.
+
+    ``weight_bits``, ``bases``, ``symmetric``, ``activation_bits``, ``channel_reciprocal``: as in
+    :class:`~bitstep.runtime.kernel.Problem`. ``steps``: rows of the input scales: one per key of the model's step
+    grid, 1 for a static scale, 0 when activations stay floating point.
+    """
+
+    weight_bits: int
+    bases: int
+    symmetric: bool
+    activation_bits: int | None
+    steps: int
+    channel_reciprocal: bool
+
+
+def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Problem:
+    """What a kernel would be asked for ``layer``, a linear layer or convolution, packed as ``layer_format``.
+
+    Raises BitstepError for a layer that cannot be packed.
+    """
+    shared: dict[str, Any] = {f.name: getattr(layer_format, f.name) for f in fields(layer_format) if f.name != "steps"}
+    if isinstance(layer, nn.Linear):
+        return Problem(
+            op="linear",
+            in_channels=layer.in_features,
+            out_channels=layer.out_features,
+            kernel_size=(),
+            stride=(),
+            padding=(),
+            dilation=(),
+            groups=1,
+            device=device,
+            **shared,
+        )
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise BitstepError(
+            f"a convolution with {layer.padding_mode!r} padding of {layer.padding!r} cannot be packed: "
+            "expected zeros, and their number"
+        )
+    return Problem(
+        op="conv1d" if isinstance(layer, nn.Conv1d) else "conv2d",
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        device=device,
+        **shared,
+    )
+
+
+class PackedModule(nn.Module):
+    """A layer that holds its :class:`LayerFormat`, its tensors as on disk, and the kernel that runs it.
+
+    Buffers (``n`` weights an output channel; None where the format has no such tensor):
+
+        weight_packed             uint8   [bases, out, ceil(n * weight_bits / 8)]
+        weight_scale              float32 [bases, out]
+        weight_zero_point         uint8   [out]         asymmetric weights
+        input_scale               float32 [steps]       quantized activations
+        input_zero_point          uint8   [steps]       quantized activations
+        input_channel_reciprocal  float32 [in]          dilated weights
+        bias                      float32 [out]
+
+    ``choose`` picks the kernel, when the layer first runs and again after it moved to another device; see
+    :func:`bitstep.runtime.dispatch.set_backend`.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    input_channel_reciprocal: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, like: Packable, layer_format: LayerFormat, cursor: StepCursor | None) -> None:
+        """An empty packed layer with the geometry, the bias and the device of ``like``.
+
+        ``cursor`` selects the row of the input scales; a format with fewer than two steps needs none.
+        """
+        nn.Module.__init__(self)  # past the layer's own constructor, which would allocate a weight
+        for name in _HYPERPARAMETERS & vars(like).keys():
+            setattr(self, name, getattr(like, name))
+        self._problem = layer_problem(like, layer_format, "meta")
+        self.format = layer_format
+        self.cursor = cursor
+        self.choose: Callable[[Problem], Kernel] | None = None
+        self._kernel: Kernel | None = None
+        self._run: Forward | None = None
+        self._register_buffers(like.bias is not None, like.weight.device)
+
+    @property
+    def problem(self) -> Problem:
+        """What the layer asks of a kernel, on the device where its tensors are."""
+        return replace(self._problem, device=self.weight_packed.device.type)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that runs this layer."""
+        if self._kernel is None:
+            if self.choose is None:
+                raise BitstepError("a packed layer has no kernel: call bitstep.runtime.dispatch.set_backend first")
+            self._kernel = self.choose(self.problem)
+        return self._kernel
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(out, in / groups, *kernel_size)``."""
+        problem = self._problem
+        return (problem.out_channels, problem.in_channels // problem.groups, *problem.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, float32, computed at every read."""
+        return self.tensors().weight.dequantize()
+
+    def tensors(self) -> LayerTensors:
+        """The layer's tensors as kernels take them, the codes unpacked."""
+        shape, bits = self.weight_shape, self.format.weight_bits
+        codes = unpack(self.weight_packed, bits, prod(shape[1:]))
+        zero_point = self.weight_zero_point
+        if zero_point is None and bits > 1:
+            zero_point = torch.full(shape[:1], 2 ** (bits - 1), dtype=torch.uint8, device=codes.device)
+        weight = QuantizedWeight(codes, self.weight_scale, zero_point, bits, shape)
+        return LayerTensors(weight, self.bias, self.input_channel_reciprocal)
+
+    def prepare(self) -> None:
+        """Choose the kernel and re-lay the weight out for it, now rather than in the first forward pass."""
+        self._run = self.kernel.prepare(self.problem, self.tensors())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes in float32 and returns the dtype of ``x``."""
+        if self._run is None:
+            self.prepare()
+        assert self._run is not None
+        return self._run(x.float(), *self._input_rows(x)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        activations = "" if self.format.activation_bits is None else f"A{self.format.activation_bits}"
+        return f"{super().extra_repr()}, W{self.format.weight_bits}{activations}"
+
+    def forget_kernel(self) -> None:
+        """Drop what was prepared from the tensors, because they or their device change."""
+        self._kernel = self._run = None
+
+    def _register_buffers(self, bias: bool, device: torch.device) -> None:
+        form, (out, *rest) = self.format, self.weight_shape
+
+        def register(name: str, dtype: torch.dtype, *shape: int, wanted: bool = True) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device) if wanted else None)
+
+        register("weight_packed", torch.uint8, form.bases, out, packed_size(prod(rest), form.weight_bits))
+        register("weight_scale", torch.float32, form.bases, out)
+        register("weight_zero_point", torch.uint8, out, wanted=not form.symmetric)
+        register("input_scale", torch.float32, form.steps, wanted=form.steps > 0)
+        register("input_zero_point", torch.uint8, form.steps, wanted=form.steps > 0)
+        channels = self._problem.in_channels
+        register("input_channel_reciprocal", torch.float32, channels, wanted=form.channel_reciprocal)
+        register("bias", torch.float32, out, wanted=bias)
+
+    def _input_rows(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and zero point of the activations: float32 ``[1]`` or ``[batch]``, at the cursor's position."""
+        if self.input_scale is None or self.input_zero_point is None:
+            return None, None
+        if len(self.input_scale) == 1:
+            return self.input_scale, self.input_zero_point.float()
+        assert self.cursor is not None
+        position = self.cursor.position
+        scale = interpolate_scale(self.input_scale, position)
+        zero_point = interpolate_zero_point(self.input_zero_point, position).round()
+        return per_sample(scale, x).flatten(), per_sample(zero_point, x).flatten()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget_kernel()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_kernel()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy prepares its own kernel: its tensors may be changed
+        return {**self.__dict__, "_kernel": None, "_run": None}
+
+
+class PackedLinear(PackedModule, nn.Linear):  # type: ignore[misc, override]
+    """A packed ``nn.Linear``; the input is ``[batch, ..., in_features]``."""
+
+
+class PackedConv1d(PackedModule, nn.Conv1d):  # type: ignore[override]
+    """A packed ``nn.Conv1d``; the input is ``[batch, in_channels, length]``."""
+
+
+class PackedConv2d(PackedModule, nn.Conv2d):  # type: ignore[override]
+    """A packed ``nn.Conv2d``; the input is ``[batch, in_channels, height, width]``."""
+
+
+def packed_like(layer: nn.Module, layer_format: LayerFormat, cursor: StepCursor | None) -> PackedModule:
+    """The empty packed layer that takes the place of ``layer``; BitstepError where none can."""
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer, layer_format, cursor)
+    if isinstance(layer, nn.Conv1d):
+        return PackedConv1d(layer, layer_format, cursor)
+    if isinstance(layer, nn.Conv2d):
+        return PackedConv2d(layer, layer_format, cursor)
+    raise BitstepError(f"a {type(layer).__name__} cannot be packed: expected a Linear, Conv1d or Conv2d")

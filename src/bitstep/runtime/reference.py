@@ -1,0 +1,49 @@
+"""The oracle: dequantized weights, fake-quantized activations and a floating-point operation, on any device."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.steps import per_sample
+
+
+class ReferenceKernel(Kernel):
+    """Runs every problem, in float32, exactly as the fake-quantized layer does in training."""
+
+    name = "reference"
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return []
+
+    def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
+        weight, bias, bits = tensors.weight.dequantize(), tensors.bias, problem.activation_bits
+        reciprocal = align_channels(tensors.channel_reciprocal, problem)
+        operation = _operation(problem)
+
+        def forward(x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+            if reciprocal is not None:
+                x = x * reciprocal
+            if bits is not None and scale is not None and zero_point is not None:
+                x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), bits)
+            return operation(x, weight, bias)  # type: ignore[no-any-return]
+
+        return forward
+
+
+def align_channels(per_channel: Tensor | None, problem: Problem) -> Tensor | None:
+    """``[in_channels]`` shaped to broadcast against the problem's input (last axis of a linear, axis 1 of a conv)."""
+    return None if per_channel is None else per_channel.reshape(-1, *[1] * len(problem.kernel_size))
+
+
+def _operation(problem: Problem) -> Any:
+    if problem.op == "linear":
+        return F.linear
+    convolution = F.conv1d if problem.op == "conv1d" else F.conv2d
+    geometry = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
+    return partial(convolution, **geometry)

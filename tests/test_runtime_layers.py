@@ -1,0 +1,151 @@
+"""Packed layers: equal to the fake-quantized layer bit for bit, row by row, and well-behaved as modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from packed import GRID, filled, random_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitstep.checkpoint import PackedLayer
+from bitstep.errors import BitstepError
+from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
+from bitstep.runtime.layers import PackedConv2d, PackedLinear
+from bitstep.steps import StepCursor, StepError, interpolate_scale, interpolate_zero_point, per_sample
+
+LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(13, 5), (6, 3, 13)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, stride=2, padding=2, groups=2, bias=False), (6, 6, 11)),
+    "conv2d": (lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1), (6, 5, 9, 8)),
+    "grouped and dilated": (lambda: nn.Conv2d(6, 9, (1, 3), padding=(0, 2), dilation=(1, 2), groups=3), (6, 6, 4, 5)),
+}
+
+
+def expected(layer: nn.Module, packed: PackedLayer, x: Tensor, timestep: Tensor | float) -> Tensor:
+    """What the fake-quantized layer computes in training."""
+    if packed.channel_reciprocal is not None:
+        shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (x.ndim - 2))
+        x = x * packed.channel_reciprocal.reshape(shape)
+    if packed.input_scale is not None and packed.input_zero_point is not None:
+        scale, zero_point = packed.input_scale, packed.input_zero_point
+        if len(scale) > 1:
+            position = GRID.locate(timestep)
+            scale = interpolate_scale(scale, position)
+            zero_point = interpolate_zero_point(zero_point, position).round()
+        assert packed.activation_bits is not None
+        x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), packed.activation_bits)
+    weight = packed.weight.dequantize()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, packed.bias)
+    names = ("stride", "padding", "dilation", "groups")
+    geometry: dict[str, Any] = {name: getattr(layer, name) for name in names}
+    return (F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d)(x, weight, packed.bias, **geometry)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("weight_bits", range(1, 9))
+@pytest.mark.parametrize("activation_bits", [2, 4, 8, None])
+def test_fake_equals_packed(kind: str, weight_bits: int, activation_bits: int | None) -> None:
+    build, shape = LAYERS[kind]
+    layer, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed = random_layer(
+        layer,
+        weight_bits,
+        activation_bits,
+        bases=2 if weight_bits == 1 else 1,
+        symmetric=weight_bits % 2 == 1,
+        steps=len(GRID),
+        dilated=True,
+        seed=weight_bits,
+    )
+    cursor = StepCursor(GRID)
+    module = filled(layer, packed, cursor)
+    set_backend(module, "reference")
+    mixed = torch.tensor([0.0, 999.0, 300.0, 420.0, 51.5, 899.0])
+    for timestep in (300.0, 420.0, mixed, mixed[:3]):
+        with cursor.at(timestep):
+            assert torch.equal(module(x), expected(layer, packed, x, timestep))
+
+
+def test_a_static_layer_needs_no_timestep_and_a_table_does() -> None:
+    layer, x, cursor = nn.Linear(4, 4), torch.randn(2, 4), StepCursor(GRID)
+    static, table = (filled(layer, random_layer(layer, steps=steps), cursor) for steps in (1, len(GRID)))
+    set_backend(static)
+    set_backend(table)
+    assert static(x).shape == (2, 4)
+    with pytest.raises(StepError, match="no timestep is set"):
+        table(x)
+
+
+def test_it_stands_in_for_the_layer_it_replaces() -> None:
+    layer = nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2)
+    packed = random_layer(layer)
+    module = filled(layer, packed)
+    assert isinstance(module, nn.Conv2d)
+    assert (module.in_channels, module.out_channels, module.stride, module.groups) == (6, 4, (2, 2), 2)
+    assert list(module.parameters()) == []
+    assert torch.equal(module.weight, packed.weight.dequantize())
+    assert "W4A4" in repr(module)
+    assert not isinstance(module, PackedLinear)
+    assert isinstance(module, PackedConv2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(8, 3), torch.randn(2, 8).to(dtype)
+    module = filled(layer, random_layer(layer))
+    set_backend(module)
+    assert torch.equal(module(x), module(x.float()).to(dtype))
+
+
+def test_new_weights_are_prepared_again() -> None:
+    layer, x = nn.Linear(8, 3), torch.randn(2, 8)
+    module = filled(layer, random_layer(layer, seed=1))
+    set_backend(module, "reference")
+    first = module(x)
+    twin = copy.deepcopy(module)
+    other = random_layer(layer, seed=2)
+    module.load_state_dict(other.state())
+    assert torch.equal(module(x), expected(layer, other, x, 0))
+    assert torch.equal(twin(x), first)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Conv2d(2, 2, 3, padding="same"), nn.Bilinear(2, 2, 2)],
+)
+def test_what_cannot_be_packed_is_refused(layer: nn.Module) -> None:
+    stand_in = random_layer(nn.Conv2d(2, 2, 3))
+    with pytest.raises(BitstepError, match="cannot be packed"):
+        filled(layer, stand_in)
+
+
+def test_dispatch_takes_the_first_that_does_not_refuse() -> None:
+    layer = nn.Linear(8, 3)
+    for activation_bits in (4, None):
+        module = filled(layer, random_layer(layer, 4, activation_bits))
+        table = reasons(module.problem)
+        assert list(table) == list(KERNELS)
+        assert list(table)[-1] == "reference"
+        assert table["reference"] == []
+        first = next(name for name, why in table.items() if not why)
+        assert choose(module.problem).name == first
+        set_backend(module)
+        assert kernels_in_use(module) == {"": first}
+
+
+def test_a_forced_backend_that_refuses_says_why() -> None:
+    layer = nn.Linear(8, 3)
+    model = nn.Sequential(filled(layer, random_layer(layer)), filled(layer, random_layer(layer, 4, None)))
+    set_backend(model, "reference")
+    with pytest.raises(BitstepError, match=r"^1: backend 'onednn' refuses: .*floating.point.*reference"):
+        set_backend(model, "onednn")
+    assert set(kernels_in_use(model).values()) == {"reference"}
+    with pytest.raises(BitstepError, match="no backend named 'quantum'"):
+        set_backend(model, "quantum")

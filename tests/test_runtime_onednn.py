@@ -1,0 +1,88 @@
+"""The oneDNN kernel against the reference: equal within float rounding, codes and zero padding included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from packed import GRID, filled, random_layer
+from torch import Tensor, nn
+
+from bitstep.runtime import onednn
+from bitstep.runtime.dispatch import KERNELS, set_backend
+from bitstep.runtime.layers import PackedModule
+from bitstep.steps import StepCursor
+
+pytestmark = pytest.mark.skipif(onednn.operators_fault() is not None, reason=str(onednn.operators_fault()))
+
+LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(33, 17), (6, 5, 33)),
+    "vector": (lambda: nn.Linear(7, 1, bias=False), (6, 7)),
+    "tokens": (lambda: nn.Linear(16, 8), (6, 2, 3, 16)),
+    "conv1d": (lambda: nn.Conv1d(5, 7, 3, padding=2, dilation=2), (6, 5, 11)),
+    "conv1d grouped": (lambda: nn.Conv1d(6, 4, 4, stride=3, groups=2, bias=False), (6, 6, 13)),
+    "conv2d": (lambda: nn.Conv2d(5, 7, 3, padding=1), (6, 5, 9, 8)),
+    "odd": (lambda: nn.Conv2d(3, 5, (1, 5), stride=(1, 2), padding=(0, 2), bias=False), (6, 3, 7, 9)),
+    "pointwise": (lambda: nn.Conv2d(19, 3, 1), (6, 19, 3, 5)),
+    "patches": (lambda: nn.Conv2d(4, 24, 4, stride=4), (6, 4, 8, 8)),
+    "wide padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=2), (6, 4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (6, 8, 6, 6)),
+    "grouped": (lambda: nn.Conv2d(12, 6, 3, stride=2, padding=1, groups=3), (6, 12, 7, 7)),
+}
+
+
+def outputs(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    found = []
+    for backend in ("onednn", "reference"):
+        set_backend(module, backend)
+        found.append(module(x))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "symmetric"),
+    [(bits, bits, True) for bits in range(1, 9)] + [(2, 8, False), (4, 4, False), (7, 8, False), (1, 8, True)],
+)
+def test_equals_the_reference(kind: str, weight_bits: int, activation_bits: int, symmetric: bool) -> None:
+    build, shape = LAYERS[kind]
+    layer, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(weight_bits))
+    packed = random_layer(layer, weight_bits, activation_bits, symmetric=symmetric, steps=len(GRID), dilated=True)
+    cursor = StepCursor(GRID)
+    module = filled(layer, packed, cursor)
+    mixed = torch.tensor([300.0, 999.0, 300.0, 420.0, 51.5, 899.0])
+    for timestep in (300.0, 420.0, mixed, mixed[:2]):
+        with cursor.at(timestep):
+            y, reference = outputs(module, x)
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_the_largest_products_do_not_saturate() -> None:
+    layer = nn.Conv2d(256, 2, 3, padding=1, bias=False)
+    packed = random_layer(layer, 8, 8)
+    packed.weight.codes.zero_()  # every weight is -128 steps
+    module = filled(layer, packed)
+    y, reference = outputs(module, torch.full((1, 256, 4, 4), 1e30))
+    torch.testing.assert_close(y, reference, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": 1, "bases": 2}, "two sign bases"),
+        ({"activation_bits": None}, "floating point"),
+        ({"bits": 8, "symmetric": False}, "zero point other than 128"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_the_reason(options: dict[str, object], reason: str) -> None:
+    layer = nn.Linear(8, 3)
+    module = filled(layer, random_layer(layer, **options))  # type: ignore[arg-type]
+    (why,) = KERNELS["onednn"].unsupported(module.problem)
+    assert reason in why
+
+
+def test_a_sum_that_may_overflow_is_refused() -> None:
+    layer = nn.Linear(70_000, 1)
+    (why,) = KERNELS["onednn"].unsupported(filled(layer, random_layer(layer)).problem)
+    assert "32 bits" in why
