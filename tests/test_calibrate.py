@@ -1,0 +1,136 @@
+"""Calibration: trajectories that depend on the seed alone, and survive being killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
+from pipelines import BUILDERS, build
+
+from bitstep.errors import BitstepError, UsageError
+from bitstep.stages.calibrate import record, stream
+from bitstep.stages.generate import denoiser_name, generate, generate_batch
+from bitstep.stages.load import Source
+
+
+def source(name: str) -> Source:
+    pipeline = build(name)
+    return Source(name, pipeline, denoiser_name(pipeline))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_an_interrupted_recording_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    settings = {"images": 5, "batch_size": 2, "steps": 3, "seed": 7, "guidance_scale": 2.0}
+    record(source("dit"), tmp_path / "whole", **settings)  # type: ignore[arg-type]
+
+    def kill(done: int, images: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(source("dit"), tmp_path / "killed", progress=kill, **settings)  # type: ignore[arg-type]
+    first = tmp_path / "killed" / "calls-00000.safetensors"
+    written = first.stat().st_mtime_ns
+    record(source("dit"), tmp_path / "killed", **settings)  # type: ignore[arg-type]
+    assert first.stat().st_mtime_ns == written
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_pool_with_other_settings_is_refused(tmp_path: Path) -> None:
+    record(source("ddim"), tmp_path, images=2, batch_size=2, steps=2, seed=0)
+    with pytest.raises(BitstepError, match="recorded with other settings"):
+        record(source("ddim"), tmp_path, images=2, batch_size=2, steps=2, seed=1)
+
+
+def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None:
+    pool = record(source("ddim"), tmp_path, images=4, batch_size=2, steps=2, seed=0)
+    _, second = stream(source("ddim"), images=4, batch_size=2, steps=2, seed=0)
+    later = next(stream(source("ddim"), images=4, batch_size=2, steps=2, seed=0, first_batch=1))
+    stored, target = pool.batch([4, 5, 6, 7])
+    for streamed in (second, later):
+        call, output = streamed.batch([0, 1, 2, 3])
+        assert torch.equal(call.arguments["sample"], stored.arguments["sample"])
+        assert torch.equal(call.timestep, stored.timestep)
+        assert torch.equal(output, target)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_image_is_the_same_in_every_batch(name: str) -> None:
+    pipeline = build(name)
+    together = torch.cat(list(generate(pipeline, images=3, batch_size=3, steps=2, seed=1)))
+    assert together.shape[:2] == (3, 3)
+    assert 0 <= together.min() <= together.max() <= 1
+    assert not torch.equal(together[0], together[1])
+    apart = torch.cat(list(generate(pipeline, images=3, batch_size=2, steps=2, seed=1)))
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "eta"),
+    [
+        ("ddim", DDIMScheduler, 1.0),
+        ("latent_vq", DDIMScheduler, 1.0),  # this pipeline does not hand its generator to the scheduler
+        ("dit", DDIMScheduler, 1.0),  # nor this one, which also steps both halves of a guided batch
+        ("dit", DDPMScheduler, None),
+        ("stable_diffusion", EulerAncestralDiscreteScheduler, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
+def test_added_noise_depends_on_the_image_alone(name: str, scheduler: type[DDIMScheduler], eta: float | None) -> None:
+    pipeline = build(name)
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+
+    def images(numbers: range, **options: float | None) -> torch.Tensor:
+        return generate_batch(pipeline, numbers, steps=3, seed=0, output_type="pt", **options)  # type: ignore[arg-type]
+
+    together = images(range(3), eta=eta)
+    torch.testing.assert_close(images(range(1, 2), eta=eta), together[1:2], rtol=1e-3, atol=1e-3)
+    assert torch.equal(images(range(3), eta=eta), together)
+    if eta is not None:
+        assert not torch.allclose(images(range(3), eta=0.0), together, atol=1e-3)
+
+
+def test_class_labels_and_prompts_belong_to_images() -> None:
+    pool = next(stream(source("dit"), images=6, batch_size=6, steps=1, seed=0, guidance_scale=1.0))
+    labels = pool.batch(range(6))[0].arguments["class_labels"]
+    assert len(labels.unique()) > 1
+    again = next(stream(source("dit"), images=6, batch_size=3, steps=1, seed=0, guidance_scale=1.0, first_batch=1))
+    assert torch.equal(again.batch(range(3))[0].arguments["class_labels"], labels[3:])
+
+    text = next(
+        stream(source("sd3"), images=4, batch_size=4, steps=1, seed=0, guidance_scale=1.0, prompts=["a c", "t o b"])
+    )
+    embeddings = text.batch(range(4))[0].arguments["pooled_projections"]
+    torch.testing.assert_close(embeddings[:2], embeddings[2:])
+    assert not torch.allclose(embeddings[0], embeddings[1])
+
+
+def test_a_teacher_that_yields_nan_is_refused(tmp_path: Path) -> None:
+    broken = source("ddim")
+    broken.pipeline.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(BitstepError, match="at timestep 999 is not finite"):
+        record(broken, tmp_path, images=2, batch_size=2, steps=2, seed=0)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="takes no prompts"):
+        next(generate(build("ddim"), images=1, batch_size=1, steps=1, seed=0, prompts=["a cat"]))
+    with pytest.raises(UsageError, match="takes no guidance"):
+        next(generate(build("ddim"), images=1, batch_size=1, steps=1, seed=0, guidance_scale=2.0))
+
+
+def test_a_pipeline_that_needs_an_image_is_refused() -> None:
+    pipeline = build("ddim")
+
+    class Editing(type(pipeline)):  # type: ignore[misc]
+        def __call__(self, image, num_inference_steps=1, generator=None):  # type: ignore[no-untyped-def]
+            raise AssertionError
+
+    with pytest.raises(BitstepError, match="also needs image"):
+        next(generate(Editing(pipeline.unet, pipeline.scheduler), images=1, batch_size=1, steps=1, seed=0))

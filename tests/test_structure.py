@@ -1,0 +1,149 @@
+"""Structure: order, roles and sizes of the layers of every kind of denoiser, found by running it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from pipelines import BUILDERS, build
+from torch import Tensor, nn
+
+from bitstep.calls import Call
+from bitstep.stages.calibrate import stream
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.load import Source
+from bitstep.structure import Structure, blocks, trace
+
+ENDS = {
+    "ddpm": ("conv_in", "conv_out"),
+    "ddim": ("conv_in", "conv_out"),
+    "latent_vq": ("conv_in", "conv_out"),
+    "stable_diffusion": ("conv_in", "conv_out"),
+    "dit": ("pos_embed.proj", "proj_out_2"),
+    "pixart": ("pos_embed.proj", "proj_out"),
+    "sd3": ("pos_embed.proj", "proj_out"),
+    "flux": ("x_embedder", "proj_out"),
+}
+EMBEDDINGS = {
+    "ddim": ["time_embedding"],
+    "stable_diffusion": ["time_embedding"],
+    "dit": [f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(2)],
+    "pixart": ["adaln_single.emb.timestep_embedder"],
+    "sd3": ["time_text_embed.timestep_embedder"],
+    "flux": ["time_text_embed.timestep_embedder", "time_text_embed.guidance_embedder"],
+}
+
+
+@functools.cache
+def traced(name: str) -> tuple[nn.Module, Structure]:
+    pipeline = build(name)
+    source = Source(name, pipeline, denoiser_name(pipeline))
+    call, _ = next(stream(source, images=2, batch_size=2, steps=2, seed=0)).batch([0, 3])
+    return source.denoiser, trace(source.denoiser, call)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_first_and_last_layer_and_the_total_of_all_parts(name: str) -> None:
+    denoiser, structure = traced(name)
+    assert (structure.first, structure.last) == ENDS[name]
+    # our own sums per layer and attention against torch's count of the whole forward
+    parts = sum(layer.macs for layer in structure.layers) + sum(site.macs for site in structure.attention)
+    assert parts == structure.total_macs
+    executed = {layer.name for layer in structure.layers}
+    linear = {n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert executed | set(structure.left_alone) >= linear
+    assert not executed & set(structure.left_alone)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_time_embedding(name: str) -> None:
+    _, structure = traced(name)
+    expected = {f"{embedding}.linear_{i}" for embedding in EMBEDDINGS[name] for i in (1, 2)}
+    assert set(structure.time_embedding) == expected
+
+
+def test_sizes_of_single_layers() -> None:
+    _, structure = traced("ddim")
+    layers = {layer.name: layer for layer in structure.layers}
+    conv = layers["conv_in"]
+    assert (conv.input_shape, conv.output_shape, conv.positions) == ((2, 3, 8, 8), (2, 20, 8, 8), 64)
+    assert conv.macs == 64 * 20 * 3 * 9
+    assert conv.sees_sample
+    assert not conv.sees_timestep
+    modulation = layers["down_blocks.0.resnets.0.time_emb_proj"]
+    assert modulation.sees_timestep
+    assert not modulation.sees_sample
+    assert modulation.macs == 80 * 20
+    site = structure.attention[0]
+    assert site.name == "down_blocks.1.attentions.0"
+    assert site.query_shape == (2, 3, 16, 8)
+    assert site.macs == 2 * 3 * 16 * 16 * 8
+
+
+def test_skips_and_changes_of_resolution() -> None:
+    _, structure = traced("stable_diffusion")
+    assert structure.skip == tuple(layer.name for layer in structure.layers if layer.name.endswith("conv_shortcut"))
+    assert len(structure.skip) == 5
+    assert structure.downsample == ("down_blocks.0.downsamplers.0.conv",)
+    assert structure.upsample == ("up_blocks.0.upsamplers.0.conv",)
+    _, patches = traced("dit")
+    assert patches.downsample == ()  # cutting an image into patches is the first layer
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_layer_is_in_one_block(name: str) -> None:
+    denoiser, structure = traced(name)
+    members = [layer for block in blocks(denoiser, structure) for layer in block.layers]
+    assert sorted(members) == sorted(layer.name for layer in structure.layers)
+
+
+def test_blocks_are_residual_attention_and_transformer_blocks() -> None:
+    unet = {block.name: len(block.layers) for block in blocks(*traced("stable_diffusion"))}
+    assert unet["down_blocks.1.resnets.0"] == 4  # two convolutions, the time projection, the skip
+    assert unet["mid_block.attentions.0.transformer_blocks.0"] == 10
+    assert unet["mid_block.attentions.0.proj_in"] == 1
+    assert unet["down_blocks.0.downsamplers.0.conv"] == 1
+    names = list(unet)
+    assert names.index("conv_in") < names.index("mid_block.resnets.0") < names.index("conv_out") == len(names) - 1
+    assert [block.name for block in blocks(*traced("dit"))] == [
+        "pos_embed.proj",
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+        "proj_out_1",
+        "proj_out_2",
+    ]
+    assert {"transformer_blocks.1", "context_embedder"} <= {block.name for block in blocks(*traced("sd3"))}
+    assert "single_transformer_blocks.0" in {block.name for block in blocks(*traced("flux"))}
+
+
+def test_what_is_left_alone_is_listed_with_a_reason_and_shared_modules_once() -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input = nn.Conv1d(4, 8, 3, padding=1)
+            self.grow = nn.ConvTranspose1d(8, 8, 2, stride=2)
+            self.shrink = nn.Conv1d(8, 8, 2, stride=2, groups=4)
+            self.shared = nn.Conv1d(8, 8, 1)
+            self.again = self.shared
+            self.unused = nn.Linear(4, 4)
+            self.output = nn.Conv1d(8, 4, 1)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            x = self.shrink(self.grow(self.input(sample)))
+            x = self.again(self.shared(x)) + timestep[:, None, None]
+            return self.output(x)  # type: ignore[no-any-return]
+
+    structure = trace(Denoiser(), Call({"sample": torch.randn(2, 4, 6), "timestep": torch.tensor([1, 0])}))
+    layers = {layer.name: layer for layer in structure.layers}
+    assert list(layers) == ["input", "shrink", "shared", "output"]
+    assert layers["shared"].runs == 2
+    assert layers["shared"].macs == 2 * 6 * 8 * 8
+    assert layers["shrink"].macs == 6 * 8 * 2 * 2
+    assert layers["output"].sees_timestep
+    assert structure.left_alone == {
+        "grow": "ConvTranspose1d is not a Linear, Conv1d or Conv2d",
+        "unused": "never ran",
+    }
+    assert structure.downsample == ("shrink",)
+    assert structure.total_macs == sum(layer.macs for layer in structure.layers) + 6 * 8 * 8 * 2
