@@ -12,12 +12,14 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from bitstep import __version__
@@ -35,7 +37,8 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same noise for 
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default if not given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
 Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the fastest found if not given.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt a line; built-in ones if not given.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
@@ -69,9 +72,9 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="SLOT.KEY=VALUE", help="Change one value of the recipe.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of training images, for recipes that use data.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: Device = None,
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -86,7 +89,7 @@ def quantize(
         effort=effort,
         overrides=set_ or (),
         data=data,
-        prompts=prompts,
+        prompts=_lines(prompts),
         seed=seed,
         device=device,
         resume=resume,
@@ -104,24 +107,26 @@ def sample(
     steps: Steps = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    prompts: Prompts = None,
     backend: Backend = None,
-    device: Device = None,
+    device: Device = "cpu",
 ) -> None:
     """Sample images from a pipeline, packed or not."""
     from bitstep import api
 
-    api.sample(
-        source,
-        num=num,
-        steps=steps,
-        seed=seed,
-        out=out,
-        batch_size=batch_size,
-        prompts=prompts,
-        backend=backend,
-        device=device,
-    )
+    with _progress("sampling") as progress:
+        api.sample(
+            source,
+            num=num,
+            steps=steps,
+            seed=seed,
+            out=out,
+            batch_size=batch_size,
+            prompts=_lines(prompts),
+            backend=backend,
+            device=device,
+            progress=progress,
+        )
     print(f"{num} images: {out}")
 
 
@@ -159,27 +164,29 @@ def evaluate(
     tile: Annotated[
         int | None, typer.Option(min=1, help="The real images are mosaics of tiles this many pixels wide.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    prompts: Prompts = None,
     backend: Backend = None,
-    device: Device = None,
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Compare a pipeline with another one on the same noise, or with real images."""
     from bitstep import api
 
-    numbers = api.evaluate(
-        source,
-        against=against,
-        num=num,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-        features=features,
-        tile=tile,
-        prompts=prompts,
-        backend=backend,
-        device=device,
-    )
+    with _progress("evaluating") as progress:
+        numbers = api.evaluate(
+            source,
+            against=against,
+            num=num,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            features=features,
+            tile=tile,
+            prompts=_lines(prompts),
+            backend=backend,
+            device=device,
+            progress=progress,
+        )
     _write(numbers, json_file)
     _print(numbers)
 
@@ -194,7 +201,7 @@ def benchmark(
     batch_size: BatchSize = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
     backend: Backend = None,
-    device: Device = None,
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Time the denoiser against the same architecture in full precision."""
@@ -204,14 +211,16 @@ def benchmark(
     baselines = [*(against or ()), *(more or ())]
     if more and not against:
         raise UsageError(f"unexpected argument {more[0]!r}: precisions to compare with are given with --against")
-    numbers = api.benchmark(
-        directory,
-        against=baselines or ("fp32", "bf16"),
-        batch_size=batch_size,
-        rounds=rounds,
-        backend=backend,
-        device=device,
-    )
+    with _progress("timing") as progress:
+        numbers = api.benchmark(
+            directory,
+            against=baselines or ("fp32", "bf16"),
+            batch_size=batch_size,
+            rounds=rounds,
+            backend=backend,
+            device=device,
+            progress=progress,
+        )
     _write(numbers, json_file)
     _print_rows(numbers["rows"])
     _print({f"layers run by {name}": count for name, count in numbers["kernels"].items()})
@@ -247,6 +256,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code or 0)
 
 
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is gone when the work is done, and what to call with (done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(what)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
 def _explain(error: Exception) -> tuple[str, int]:
     """The one line that an error is worth, and its exit code."""
     if isinstance(error, typer.TyperException):
@@ -271,6 +289,10 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    return None if path is None else [line for line in path.read_text().splitlines() if line.strip()]
 
 
 def _write(numbers: Mapping[str, Any], path: Path | None) -> None:

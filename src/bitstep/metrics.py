@@ -52,7 +52,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     formed and no matrix square root is iterated.
     """
     a, b = a.double(), b.double()
-    x, y = ((set_ - set_.mean(0)) / math.sqrt(len(set_) - 1) for set_ in (a, b))
-    r_x, r_y = (torch.linalg.qr(set_, mode="r").R for set_ in (x, y))
+    x, y = ((features - features.mean(0)) / math.sqrt(len(features) - 1) for features in (a, b))
+    r_x, r_y = (torch.linalg.qr(centred, mode="r").R for centred in (x, y))
     cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross).item()
+    return float((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross)

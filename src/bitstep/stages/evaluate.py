@@ -96,7 +96,7 @@ def load_features(path: Path) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export's format
         try:
-            network: torch.nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+            network: torch.nn.Module = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             raise BitstepError(f"cannot load {path}: expected a TorchScript network") from error
     return network.eval()

@@ -1,0 +1,148 @@
+"""The verbs as functions: paths and plain values in, results out, files written where asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bitstep.errors import UsageError
+from bitstep.runtime.dispatch import set_backend
+from bitstep.stages.benchmark import benchmark as benchmark
+from bitstep.stages.evaluate import evaluate as _evaluate
+from bitstep.stages.evaluate import paired
+from bitstep.stages.generate import Sampling
+from bitstep.stages.inspect import inspect as inspect
+from bitstep.stages.load import Source
+from bitstep.stages.load import load as load
+from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save
+from bitstep.stages.sample import sample as _sample
+
+
+def quantize(*args: Any, **kwargs: Any) -> Path:
+    from bitstep.run import quantize
+
+    return quantize(*args, **kwargs)
+
+
+def sample(
+    source: str | Path,
+    *,
+    out: str | Path | None = None,
+    num: int = 16,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    prompts: Sequence[str] | None = None,
+    backend: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Images number 0..num-1 of ``source``, uint8 ``[num, H, W, C]``, also written to ``out`` (.png grid or .npz).
+
+    The same seed gives the same noise for every model, image by image. ``steps`` None is the pipeline's default;
+    ``backend`` forces one kernel for every packed layer.
+    """
+    path = None if out is None else check_path(Path(out))
+    model = _load(source, device, backend)
+    images = _sample(
+        model.pipeline,
+        num=num,
+        batch_size=batch_size,
+        progress=progress,
+        **_sampling(model, steps, seed, prompts),
+    )
+    if path:
+        save(images, path)
+    return images
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    against: str | Path,
+    num: int = 64,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    features: str | Path | None = None,
+    tile: int | None = None,
+    prompts: Sequence[str] | None = None,
+    backend: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare ``source`` with another pipeline on the same noise, or with real images (an .npz file or a folder).
+
+    See :func:`bitstep.stages.evaluate.evaluate` for what is measured, :func:`bitstep.stages.sample.read` for ``tile``.
+    """
+    real = holds_images(Path(against))
+    if tile and not real:
+        raise UsageError(f"--tile is for mosaics of real images, which {against} does not hold")
+    reference = read(Path(against), tile) if real else load(against, device=device)
+    model = _load(source, device, backend)
+    return _evaluate(
+        model,
+        reference,
+        num=num,
+        batch_size=batch_size,
+        features=None if features is None else Path(features),
+        progress=progress,
+        **_sampling(model, steps, seed, prompts),
+    )
+
+
+def demo(out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Quantize ``demo:fruits32`` to W4A4 by rounding and with EfficientDM, and compare both on the same noise.
+
+    Returns ``rows`` (model, PSNR, SSIM, bytes on disk, minutes) and the path of the ``picture``.
+    """
+    source, folder, bits = "demo:fruits32", Path(out), "W4A4"
+    reference = sample(source, progress=progress)
+    panels = {"full precision": reference}
+    rows: list[dict[str, Any]] = []
+    for recipe in ("minmax", "efficientdm"):
+        start = time.monotonic()
+        packed = quantize(
+            source,
+            recipe=recipe,
+            bits=bits,
+            out=folder / f"{recipe}-{bits.lower()}",
+            effort="quick",
+            overwrite=overwrite,
+            progress=progress,
+        )
+        minutes = (time.monotonic() - start) / 60
+        panels[f"{recipe} {bits}"] = images = sample(packed, progress=progress)
+        facts = inspect(packed)
+        rows.append(
+            {"recipe": recipe, "bits": bits, **paired(images, reference)}
+            | {"compression": facts["compression"], "minutes": minutes}
+        )
+    picture = folder / "demo.png"
+    _side_by_side(panels, picture)
+    return {"rows": rows, "picture": picture}
+
+
+def _load(source: str | Path, device: str, backend: str | None) -> Source:
+    model = load(source, device=device)
+    if backend is not None:
+        set_backend(model.denoiser, backend)
+    return model
+
+
+def _sampling(model: Source, steps: int | None, seed: int, prompts: Sequence[str] | None) -> Sampling:
+    return {"steps": steps or default_steps(model.pipeline), "seed": seed, "prompts": prompts}
+
+
+def _side_by_side(panels: dict[str, Tensor], path: Path) -> None:
+    figure = Figure(figsize=(4 * len(panels), 4.4), layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.imshow(grid(images))
+        axes.set_title(title)
+        axes.axis("off")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,207 @@
+"""Benchmark: the packed denoiser against the same architecture in full precision, each in a process of its own.
+
+The processes wait for each other and take turns, so that a machine that slows down slows all of them; nothing of one
+model is in another's memory. Run as a program, this module is one such process: it reads its task from its arguments,
+and for every line on stdin times one forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from bitstep.calls import Pool, run
+from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.dispatch import kernels_in_use, set_backend
+from bitstep.stages.calibrate import record
+from bitstep.stages.inspect import architecture, component_folder, packed_manifest
+from bitstep.stages.load import load
+from bitstep.stages.sample import Progress
+from bitstep.steps import TIMESTEP_NAMES
+
+PACKED = "packed"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP = 3
+
+
+def benchmark(
+    directory: Path,
+    *,
+    against: Sequence[str] = ("fp32", "bf16"),
+    batch_size: int = 1,
+    rounds: int = 20,
+    backend: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time ``rounds`` forward passes of each, on a call of the denoiser that its pipeline made.
+
+    rows: name, median_ms, spread_ms (interquartile range), ratio_to_fp32 (median over the rounds of the time against
+        float32's in the same round; below 1 is faster), peak_memory_mb (of the process; on CUDA, of torch's allocator)
+    kernels: how many layers each kernel runs
+    layers: the kernel of every packed layer
+    """
+    if unknown := set(against) - DTYPES.keys():
+        raise UsageError(f"unknown precision {min(unknown)}: expected some of {', '.join(DTYPES)}")
+    source = load(directory)
+    packed_manifest(source)
+    component = str(component_folder(source))
+    with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
+        record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
+        tasks = [Task(name, component, calls, backend, device) for name in (PACKED, *dict.fromkeys(against))]
+        workers = [stack.enter_context(_Worker(task)) for task in tasks]
+        for done in range(rounds):
+            for worker in workers:
+                worker.time()
+            if progress:
+                progress(done + 1, rounds)
+    baseline = next((worker.times for worker in workers if worker.name == "fp32"), None)
+    layers = workers[0].kernels
+    return {
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rows": [worker.row(baseline) for worker in workers],
+        "kernels": dict(Counter(layers.values())),
+        "layers": layers,
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process times: the packed model in ``component``, or its architecture in the precision ``name``."""
+
+    name: str
+    component: str
+    calls: str
+    backend: str | None
+    device: str
+
+
+class _Worker:
+    """The process of one task, seen from outside: a line to it, a line of JSON back."""
+
+    def __init__(self, task: Task) -> None:
+        self.name = task.name
+        self.times: list[float] = []
+        self._peak = 0.0
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed by __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bitstep.stages.benchmark", json.dumps(asdict(task))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        self.kernels: dict[str, str] = self._answer()["kernels"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # closes its stdin, upon which it ends
+        self._stderr.close()
+
+    def time(self) -> None:
+        """One more forward pass."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self.times.append(answer["ms"])
+        self._peak = answer["peak_memory_mb"]
+
+    def row(self, baseline: list[float] | None) -> dict[str, Any]:
+        low, _, high = statistics.quantiles(self.times, n=4) if len(self.times) > 1 else self.times * 3
+        ratios = baseline and [mine / theirs for mine, theirs in zip(self.times, baseline, strict=True)]
+        return {
+            "name": self.name,
+            "median_ms": statistics.median(self.times),
+            "spread_ms": high - low,
+            "ratio_to_fp32": ratios and statistics.median(ratios),
+            "peak_memory_mb": self._peak,
+        }
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._process.wait()
+        self._stderr.seek(0)
+        *_, last = self._stderr.read().strip().splitlines() or ["it ended without a word"]
+        raise BitstepError(f"the benchmark of {self.name} failed: {last}")
+
+
+@torch.no_grad()
+def _work(task: Task) -> None:
+    model = _model(task)
+    pool = Pool.open(task.calls)
+    call, _ = pool.batch(range(len(pool)))
+    call = call.map(lambda name, tensor: _cast(name, tensor, model.dtype)).to(task.device)
+    for _ in range(WARM_UP):
+        run(model, call)
+    print(json.dumps({"kernels": kernels_in_use(model)}), flush=True)
+    for _ in sys.stdin:
+        run(model, call)  # fills the caches again, which the others had meanwhile
+        _synchronize(task.device)
+        start = time.perf_counter()
+        run(model, call)
+        _synchronize(task.device)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        print(json.dumps({"ms": milliseconds, "peak_memory_mb": _peak_memory(task.device)}), flush=True)
+
+
+def _model(task: Task) -> ModelMixin:
+    component = Path(task.component)
+    if task.name == PACKED:
+        model = getattr(diffusers, ModelMixin.load_config(component)["_class_name"]).from_pretrained(component)
+        set_backend(model, task.backend)
+    else:
+        torch.set_default_dtype(DTYPES[task.name])
+        model = architecture(component).eval()
+    return model.to(task.device)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As pipelines do: everything in the model's precision but the timestep."""
+    keep = not tensor.is_floating_point() or name.split(".")[-1] in TIMESTEP_NAMES
+    return tensor if keep else tensor.to(dtype)
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: str) -> float:
+    """Largest resident set of this process so far, in MB; on CUDA the most that torch had allocated."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin with the size of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+if __name__ == "__main__":
+    _work(Task(**json.loads(sys.argv[1])))

@@ -1,0 +1,90 @@
+"""Inspect: what a packed pipeline weighs, what it computes, and which kernel runs each layer."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+
+from bitstep.checkpoint.config import Manifest
+from bitstep.errors import BitstepError
+from bitstep.runtime.dispatch import packed_layers
+from bitstep.stages.load import Source, load
+
+FULL_PRECISION_BYTES = 4  # of a float32 parameter
+
+
+def inspect(directory: Path) -> dict[str, Any]:
+    """Size and cost of the packed denoiser in ``directory``, for one forward pass at batch 1.
+
+    average_weight_bits: over the weights of packed layers
+    size_bytes, full_precision_bytes, compression: the denoiser on disk, all its parameters in float32, their ratio
+    flops: multiply-accumulates of the full-precision model, each counted as one operation
+    bops: sum over quantized layers of multiply-accumulates x weight bits x activation bits
+    ops, ops_saving: bops / 64 + multiply-accumulates that stay in floating point (the counting of the papers on
+        binary networks, arXiv 2003.03488), and flops / ops
+    macs_quantized: share of the multiply-accumulates in packed layers
+    layers: name, kind, weight_bits, activation_bits (None: floating point), kernel, macs
+    """
+    source = load(directory)
+    macs = packed_manifest(source).macs
+    modules = packed_layers(source.denoiser)
+    layers: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "kind": modules[name].problem.op,
+            "weight_bits": entry.weight_bits * entry.bases,
+            "activation_bits": entry.activation_bits,
+            "kernel": modules[name].kernel.name,
+            "macs": entry.macs,
+        }
+        for name, entry in packed_manifest(source).layers.items()
+    ]
+    weights = [prod(modules[layer["name"]].weight_shape) for layer in layers]
+    weight_bits = sum(layer["weight_bits"] * count for layer, count in zip(layers, weights, strict=True))
+    folder = component_folder(source)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with accelerate.init_empty_weights():
+        full_size = FULL_PRECISION_BYTES * sum(p.numel() for p in architecture(folder).parameters())
+    low_bit = [layer for layer in layers if layer["activation_bits"] is not None]
+    bops = sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in low_bit)
+    ops = bops / 64 + macs.total - sum(layer["macs"] for layer in low_bit)
+    return {
+        "average_weight_bits": weight_bits / sum(weights),
+        "size_bytes": size,
+        "full_precision_bytes": full_size,
+        "compression": full_size / size,
+        "flops": macs.total,
+        "bops": bops,
+        "ops": ops,
+        "ops_saving": macs.total / ops,
+        "macs_quantized": macs.quantized / macs.total,
+        "layers": layers,
+    }
+
+
+def packed_manifest(source: Source) -> Manifest:
+    """What the packed denoiser of ``source`` says of itself; BitstepError where it is not packed."""
+    quantizer = getattr(source.denoiser, "hf_quantizer", None)
+    config = getattr(quantizer, "quantization_config", None)
+    manifest = getattr(config, "manifest", None)
+    if not isinstance(manifest, Manifest):
+        raise BitstepError(f"{source.name} is not packed: expected a folder written by `bitstep quantize`")
+    return manifest
+
+
+def component_folder(source: Source) -> Path:
+    """The folder with the denoiser's files: a component of the pipeline's folder, or that folder itself."""
+    folder = Path(source.name)
+    return folder / source.component if (folder / source.component).is_dir() else folder
+
+
+def architecture(component: Path) -> ModelMixin:
+    """A full-precision model of the architecture that the folder ``component`` describes, its weights random."""
+    config = ModelMixin.load_config(component)
+    config.pop("quantization_config", None)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
