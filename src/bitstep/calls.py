@@ -319,7 +319,7 @@ def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
 
     Each gram holds the inner products of the k chunks and y (last), ``[k + 1, k + 1]``. One least-squares fit over
     all calls, since single ones are ill-conditioned where the chunks are nearly equal. None when a call has no gram,
-    k is 1 or differs, or a call's residual exceeds what rounding to precision ``eps`` explains.
+    k is 1 or differs, or a call's residual exceeds what rounding its terms to precision ``eps`` explains.
     """
     known = [gram for gram in grams if gram is not None]
     if len(known) < len(grams) or len({len(gram) for gram in known}) != 1 or len(known[0]) < 3:
@@ -327,10 +327,10 @@ def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
     stacked = torch.stack(known)
     total = stacked.sum(0)
     weights = torch.linalg.lstsq(total[:-1, :-1], total[:-1, -1:], driver="gelsd").solution[:, 0]
-    combined = torch.cat([weights, torch.tensor([-1.0], dtype=torch.float64)])
+    combined = torch.cat([weights, weights.new_tensor([-1.0])])
     residual = torch.einsum("i,cij,j->c", combined, stacked, combined)
-    tolerance = (16 * eps * weights.abs().sum()) ** 2
-    return weights.float() if bool((residual <= tolerance * stacked[:, -1, -1]).all()) else None
+    terms = stacked.diagonal(dim1=1, dim2=2) @ combined.square()
+    return weights.float() if bool((residual <= (4 * eps) ** 2 * terms).all()) else None
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from bitstep.errors import BitstepError
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
+_DEMOS = Path(__file__).parent.parent / "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,8 +37,8 @@ class Source:
 def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Source:
     """The pipeline at ``source``: a diffusers pipeline folder, a component folder, a Hub id, or ``demo:NAME``.
 
-    A component folder is given the simplest pipeline that can run it. A packed denoiser keeps its own types. Weights
-    are read from safetensors files only.
+    A component folder is given the simplest pipeline that can run it. ``dtype`` is for full precision: a pipeline with
+    a packed denoiser is loaded in float32, the type of its scales. Weights are read from safetensors files only.
 
     Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged.
     """
@@ -61,17 +61,13 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
 
 def demos() -> list[str]:
     """Names that ``demo:NAME`` accepts."""
-    return sorted(index.parent.name for index in _demo_folder().glob("*/model_index.json"))
-
-
-def _demo_folder() -> Path:
-    return Path(str(resources.files("bitstep"))) / "demo"
+    return sorted(index.parent.name for index in _DEMOS.glob("*/model_index.json"))
 
 
 def _demo(name: str) -> Path:
     if name not in demos():
         raise BitstepError(f"there is no demo:{name}: choose among {', '.join(f'demo:{demo}' for demo in demos())}")
-    return _demo_folder() / name
+    return _DEMOS / name
 
 
 def _locate(name: str) -> Path:
@@ -94,9 +90,9 @@ def _locate(name: str) -> Path:
 
 def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     packed = any("quantization_config" in _config(folder / component) for component in DENOISERS)
-    # a cast would round the float32 scales of a packed denoiser
-    options = {} if packed else {"dtype": dtype}
-    pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
+    pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, dtype=torch.float32 if packed else dtype
+    )
     return pipeline
 
 
@@ -113,9 +109,8 @@ def _load_component(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise BitstepError(
             f"{folder} holds a single {what}, which does not run without its pipeline: give the pipeline's folder"
         )
-    unet = UNet2DModel.from_pretrained(
-        folder, use_safetensors=True, **({} if "quantization_config" in config else {"dtype": dtype})
-    )
+    packed = "quantization_config" in config
+    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32 if packed else dtype)
     return DDIMPipeline(unet, DDIMScheduler())
 
 
