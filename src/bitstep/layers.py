@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class FakeQuantized(nn.Module):
     holds its inverse: weight dilation).
     """
 
+    bias: Tensor | None
+    channel_reciprocal: Tensor | None
+
     def __init__(
         self,
         layer: nn.Linear | nn.Conv1d | nn.Conv2d,
@@ -47,7 +51,8 @@ class FakeQuantized(nn.Module):
         if not isinstance(layer, nn.Linear):
             names = ("stride", "padding", "dilation", "groups")
             self._geometry = {name: getattr(layer, name) for name in names}
-        self._operation = F.linear if isinstance(layer, nn.Linear) else F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+        operations: dict[type, Callable[..., Tensor]] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
+        self._operation = next(operations[kind] for kind in QUANTIZABLE if isinstance(layer, kind))
 
     @property
     def weight(self) -> Tensor:

@@ -75,8 +75,11 @@ def parse_bits(bits: str) -> tuple[float, int]:
 
 def _from_name(name: str) -> dict[str, Any]:
     if name not in METHODS:
-        raise UsageError(f"unknown recipe {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}, or a .yaml file")
-    return METHODS[name].model_dump()
+        raise UsageError(
+            f"unknown recipe {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
+        )
+    settings: dict[str, Any] = METHODS[name].model_dump(mode="json")
+    return settings
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -86,9 +89,10 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
-    settings = _from_name(content.pop("base")) if "base" in content else {}
+    settings: dict[str, Any] = _from_name(content.pop("base")) if "base" in content else {}
     settings["name"] = content.pop("name", path.stem)
-    return _merge(settings, content)
+    merged: dict[str, Any] = _merge(settings, content)
+    return merged
 
 
 def _merge(base: Any, change: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The base of everything a recipe can say: frozen pydantic models, unknown keys refused, variants chosen by ``kind``."""
+"""The base of all that a recipe can say: frozen pydantic models, unknown keys refused, variants chosen by ``kind``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Variant(Slot):
         kind = data.get("kind")
         if kind not in known:
             raise ValueError(f"unknown kind {kind!r}{nearest(str(kind), known)}; known: {', '.join(sorted(known))}")
-        return known[kind].model_validate(data)
+        variant: Self = known[kind].model_validate(data)
+        return variant
 
 
 def nearest(name: str, known: Any) -> str:

@@ -25,7 +25,7 @@ WEIGHT_ONLY_BITS = 32
 
 
 class Rule(Slot):
-    """Bits for the layers whose name matches a glob and, if given, whose class or a base of it has the name ``type``."""
+    """Bits for the layers whose name matches a glob and whose class, or a base of it, is named ``type`` (if given)."""
 
     match: str
     type: str | None = None
@@ -75,9 +75,10 @@ def plan(
 ) -> Plan:
     """Decide for every layer of ``structure``.
 
-    Time embedding, first and last layer get 8 bits, a static activation scale and no training. ``coverage`` "full"
-    quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip connections, downsampling
-    convolutions and Conv1d attention in floating point, as that paper's published models do.
+    Time embedding, first and last layer get 8 bits and no training. The first layer's input, the noisy sample itself,
+    stays in floating point: rounding it to 8 bits alone costs more than all other layers together (docs/log.md).
+    ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip
+    connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
     """
     sensitive = {structure.first, structure.last, *structure.time_embedding}
     bits = None if activation_bits >= WEIGHT_ONLY_BITS else activation_bits
@@ -88,9 +89,11 @@ def plan(
         module = denoiser.get_submodule(info.name)
         layer = LayerPlan(info.name, weight_bits, bits, per_step and bits is not None, True, info.macs)
         if info.name in sensitive:
-            wide = None if bits is None else SENSITIVE_BITS
-            layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, per_step=False, trained=False)
-        reason = refusal(module) or (_outside_paper_coverage(info.name, module, structure) if coverage != "full" else None)
+            wide = None if bits is None or info.name == structure.first else SENSITIVE_BITS
+            layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
+        reason = refusal(module)
+        if reason is None and coverage == "efficientdm":
+            reason = _outside_paper_coverage(info.name, module, structure)
         for rule in rules:
             if not fnmatchcase(info.name, rule.match) or (rule.type and rule.type not in _type_names(module)):
                 continue

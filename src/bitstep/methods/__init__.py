@@ -1,4 +1,4 @@
-"""The methods: one paper, one file, each a frozen composition of slots; this table is all that the engine knows of them."""
+"""The methods: one paper, one file, each a frozen composition of slots; the engine knows them by this table only."""
 
 from __future__ import annotations
 

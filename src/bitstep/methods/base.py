@@ -1,4 +1,4 @@
-"""The slots that make a method: what is rewritten, how weights and activations are quantized, what is trained on what."""
+"""The slots of a method: what is rewritten, how weights and activations are quantized, what is trained on what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, SerializeAsAny
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
 from bitstep.calls import Call, Pool
@@ -42,7 +42,7 @@ class UniformWeights(Weights):
     kind: Literal["uniform"] = "uniform"
     symmetric: bool = True
     range: RangeMethod = "mse"
-    rank: int = Field(0, ge=0)
+    rank: NonNegativeInt = 0
 
     def layer_bits(self, bits: float) -> int:
         if bits not in range(2, 9):
@@ -161,7 +161,7 @@ class Phase(Slot):
 
 
 class Method(Slot):
-    """A composition of slots. ``efforts`` maps an effort to overrides (``slot.key`` -> value); ``full`` is as written."""
+    """A composition of slots. ``efforts`` maps an effort to overrides (``slot.key`` -> value)."""
 
     name: str
     weights: SerializeAsAny[Weights] = UniformWeights()
@@ -170,5 +170,3 @@ class Method(Slot):
     calibration: Calibration = Calibration()
     training: tuple[Phase, ...] = ()
     efforts: Mapping[Effort, Mapping[str, Any]] = {}
-
-

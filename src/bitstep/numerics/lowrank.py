@@ -11,4 +11,5 @@ def merged_delta(down: Tensor, up: Tensor) -> Tensor:
     down: ``[rank, in, *kernel]``; up: ``[out, rank]``; returns ``[out, in, *kernel]``. For a linear layer the kernel
     is empty and this is the matrix product ``up @ down``.
     """
-    return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+    delta: Tensor = up @ down.flatten(1)
+    return delta.view(len(up), *down.shape[1:])

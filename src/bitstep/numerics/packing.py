@@ -22,7 +22,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     places = torch.arange(bits, device=codes.device)
     stream = (codes.to(torch.int32).unsqueeze(-1) >> places & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    packed: Tensor = (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -34,7 +35,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).flatten(-2)
     planes = stream[..., : count * bits].unflatten(-1, (count, bits))
-    return (planes << torch.arange(bits, device=packed.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    codes: Tensor = (planes << torch.arange(bits, device=packed.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return codes
 
 
 def packed_size(count: int, bits: int) -> int:

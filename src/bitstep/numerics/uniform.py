@@ -19,7 +19,7 @@ RangeMethod = Literal["minmax", "mse"]
 
 def levels(bits: int) -> int:
     """Number of codes, N."""
-    return 2**bits
+    return 1 << bits
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from bitstep.numerics import uniform
@@ -10,7 +9,7 @@ from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point,
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor fake quantization with a table of T rows: EfficientDM's TALSQ, DilateQuant's temporal parallel quantizer.
+    """Per-tensor fake quantization with a table of T rows (EfficientDM's TALSQ, DilateQuant's TPQ).
 
     scale, zero_point: float32 ``[T]``; T is the length of the cursor's grid, or 1 for a static quantizer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
                         f"the loss became {value} in {unit.name} at iteration {state.iteration}; "
                         "lower the learning rates (--set training.N.learning_rates...)"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
                 state.iteration += 1
@@ -78,7 +79,8 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
 
 def optimizers(layers: Mapping[str, FakeQuantized], phase: Phase) -> tuple[Optimizer, ...]:
     """AdamW for weights and scales, row-sparse Adam for per-timestep tables (unless ``phase.dense_adam``)."""
-    dense, tables = [], {}
+    dense: list[dict[str, Any]] = []
+    tables: dict[tuple[str, int], list[nn.Parameter]] = {}
     for layer in layers.values():
         for role, parameters in roles(layer).items():
             rate = getattr(phase.learning_rates, role)
