@@ -30,9 +30,9 @@ def source(name: str) -> Source:
     return Source(name, pipeline, denoiser_name(pipeline))
 
 
-def in_memory(name: str, **sampling: float) -> tuple[Source, Pool]:
+def in_memory(name: str, guidance_scale: float | None = None) -> tuple[Source, Pool]:
     given = source(name)
-    return given, next(stream(given, images=3, batch_size=3, **{"steps": 3, "seed": 0} | sampling))  # type: ignore[arg-type]
+    return given, next(stream(given, images=3, batch_size=3, steps=3, seed=0, guidance_scale=guidance_scale))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -60,6 +60,22 @@ def test_guidance_is_read_off_the_pipeline(name: str) -> None:
 @pytest.mark.parametrize("name", ["ddim", "flux"])
 def test_no_guidance_where_the_pipeline_has_none(name: str) -> None:
     assert in_memory(name)[1].guidance is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("ddim", None), ("dit", [3.0, -2.0]), ("stable_diffusion", [-2.0, 3.0])]
+)
+def test_a_bfloat16_teacher_is_recorded_as_it_is(name: str, expected: list[float] | None) -> None:
+    given = source(name)
+    given.pipeline.to(torch.bfloat16)
+    scale = 3.0 if expected else None
+    pool = next(stream(given, images=3, batch_size=3, steps=3, seed=0, guidance_scale=scale))
+    _, target = pool.batch([0, 4, 8])
+    assert target.dtype == torch.bfloat16
+    if expected is None:
+        assert pool.guidance is None
+    else:
+        torch.testing.assert_close(pool.guidance, torch.tensor(expected), rtol=1e-2, atol=1e-2)
 
 
 def test_guided_samples_hold_the_chunks_of_one_image() -> None:

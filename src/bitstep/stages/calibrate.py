@@ -52,8 +52,10 @@ def stream(
 
 
 def _trajectory(source: Source, numbers: range, sampling: Sampling, batched: tuple[str, ...] | None) -> Shard:
+    # pictures are not wanted: no decoding where there is a decoder, no conversion where there is none
+    output_type = "latent" if "vae" in source.pipeline.components else "pt"
     with Recorder(source.denoiser, source.pipeline.scheduler, len(numbers)) as recorder:
-        generate_batch(source.pipeline, numbers, output_type="latent", **sampling)
+        generate_batch(source.pipeline, numbers, output_type=output_type, **sampling)
     return recorder.shard(batched)
 
 
