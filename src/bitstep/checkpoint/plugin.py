@@ -29,8 +29,9 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        if not all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            raise BitstepError(f"packed weights are safetensors files only, got {checkpoint_files[0]}")
+        others = [file for file in map(str, checkpoint_files) if not file.endswith(".safetensors")]
+        if others:
+            raise BitstepError(f"packed weights are safetensors files only, got {others[0]!r}")
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
@@ -48,11 +49,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             cursor.attach(model)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        if missing_keys:
-            raise BitstepError(
-                f"the weights lack {len(missing_keys)} tensors of {type(model).__name__}, {min(missing_keys)} first: "
-                "the checkpoint is incomplete"
-            )
+        _refuse_missing(model, missing_keys)
         return missing_keys
 
     def check_if_quantized_param(self, model: ModelMixin, _: Tensor, param_name: str, *__: Any, **___: Any) -> bool:
@@ -80,6 +77,8 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype))
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_: Any) -> None:
+        # an index may promise what its shards do not hold
+        _refuse_missing(model, [key for key, tensor in model.state_dict().items() if tensor.is_meta])
         set_backend(model)
 
     def get_state_dict_and_metadata(
@@ -102,3 +101,11 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _refuse_missing(model: ModelMixin, keys: list[str]) -> None:
+    if keys:
+        raise BitstepError(
+            f"the weights lack {len(keys)} tensors of {type(model).__name__}, {min(keys)} among them: "
+            "the checkpoint is incomplete"
+        )
