@@ -59,20 +59,19 @@ def run(denoiser: nn.Module, call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """The calls of one pipeline batch, ``rows`` rows each (``images`` times the chunks of guidance).
+    """The calls of one pipeline batch, ``rows`` rows each (images times the chunks of guidance).
 
     tensors: ``output`` ``[calls, rows, ...]`` and one tensor per tensor argument: ``[calls, rows, ...]`` where its
         name is in ``varying``, else ``[rows, ...]`` where it is in ``batched``, else as it was passed
     skeleton: the call with names in the place of tensors, JSON
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
-        ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where guidance cannot be read off
+        ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
     """
 
     tensors: Mapping[str, Tensor]
     skeleton: Any
     batched: tuple[str, ...]
     varying: tuple[str, ...]
-    images: int
     grams: tuple[Tensor | None, ...]
 
     @property
@@ -98,6 +97,7 @@ class Recorder:
         self._images = images
         self._names = list(inspect.signature(denoiser.forward).parameters)
         self._skeleton: Any = None
+        self._shapes: dict[str, torch.Size] = {}
         self._leaves: list[dict[str, Tensor]] = []
         self._outputs: list[Tensor] = []
         self._grams: list[Tensor | None] = []
@@ -129,7 +129,7 @@ class Recorder:
                 varying.append(name)
             else:
                 raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
-        return Shard(tensors, self._skeleton, batched, tuple(varying), self._images, tuple(self._grams))
+        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams))
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = _first(output).detach()
@@ -147,12 +147,10 @@ class Recorder:
         arguments[name] = timestep.reshape(-1).expand(rows)
         leaves: dict[str, Tensor] = {}
         skeleton = _skeleton(arguments, "call", leaves)
-        before = self._leaves[-1] if self._leaves else leaves
-        if self._skeleton not in (None, skeleton) or [x.shape for x in before.values()] != [
-            x.shape for x in leaves.values()
-        ]:
+        shapes = {n: tensor.shape for n, tensor in leaves.items()}
+        if self._outputs and (skeleton, shapes) != (self._skeleton, self._shapes):
             raise BitstepError("the pipeline's denoiser calls differ in arguments or shapes, so no batch can mix them")
-        self._skeleton = skeleton
+        self._skeleton, self._shapes = skeleton, shapes
         # what stays equal from call to call (embeddings, labels) is kept once; copies, since pipelines work in place
         previous = self._leaves[-1] if self._leaves else {}
         self._leaves.append({n: _keep(tensor, previous.get(n)) for n, tensor in leaves.items()})
@@ -298,7 +296,6 @@ class PoolWriter:
     def add(self, shard: Shard) -> None:
         """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one."""
         entry = {
-            "images": shard.images,
             "varying": list(shard.varying),
             "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
         }
@@ -319,10 +316,10 @@ def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
 
     Each gram holds the inner products of the k chunks and y (last), ``[k + 1, k + 1]``. One least-squares fit over
     all calls, since single ones are ill-conditioned where the chunks are nearly equal. None when a call has no gram,
-    k is 1 or differs, or a call's residual exceeds what rounding its terms to precision ``eps`` explains.
+    k differs, or a call's residual exceeds what rounding its terms to precision ``eps`` explains.
     """
     known = [gram for gram in grams if gram is not None]
-    if len(known) < len(grams) or len({len(gram) for gram in known}) != 1 or len(known[0]) < 3:
+    if len(known) < len(grams) or len({len(gram) for gram in known}) != 1:
         return None
     stacked = torch.stack(known)
     total = stacked.sum(0)
@@ -369,7 +366,8 @@ def _keep(tensor: Tensor, previous: Tensor | None) -> Tensor:
 
 
 def _gram(output: Tensor, handed: Tensor, images: int) -> Tensor | None:
-    if len(output) % images or len(handed) < images or handed.shape[1] > output.shape[1]:
+    chunked = len(output) > images and len(output) % images == 0
+    if not chunked or len(handed) < images or handed.shape[1] > output.shape[1]:
         return None
     # leading channels: a learned variance doubles the output's channels, and the scheduler gets the first half
     chunks = output[:, : handed.shape[1]].reshape(len(output) // images, -1)
@@ -432,7 +430,7 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
     grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), entry["images"], grams)
+    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), grams)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
