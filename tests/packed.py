@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitstep.checkpoint import PackedLayer, pack_model
 from bitstep.numerics.packing import QuantizedWeight
-from bitstep.runtime.layers import PackedModule, packed_like
+from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.steps import StepCursor, StepGrid
 
 GRID = StepGrid((0.05, 0.3, 0.55, 0.9), 1000.0)
@@ -66,7 +66,7 @@ def random_layer(
 
 def filled(layer: nn.Module, packed: PackedLayer, cursor: StepCursor | None = None) -> PackedModule:
     """The packed layer that takes the place of ``layer``, holding ``packed``."""
-    module = packed_like(layer, packed.entry().layer_format(), cursor)
+    module = packed_like(layer, packed.entry().layer_format(), None if cursor is None else InputRows(cursor))
     module.load_state_dict(packed.state())
     return module
 

@@ -16,7 +16,7 @@ from bitstep.checkpoint import PackedLayer
 from bitstep.errors import BitstepError
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
-from bitstep.runtime.layers import PackedConv2d, PackedLinear
+from bitstep.runtime.layers import InputRows, PackedConv2d, PackedLinear, packed_like
 from bitstep.steps import StepCursor, StepError, interpolate_scale, interpolate_zero_point, per_sample
 
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
@@ -71,6 +71,30 @@ def test_fake_equals_packed(kind: str, weight_bits: int, activation_bits: int | 
     for timestep in (300.0, 420.0, mixed, mixed[:3]):
         with cursor.at(timestep):
             assert torch.equal(module(x), expected(layer, packed, x, timestep))
+
+
+def test_a_row_depends_neither_on_its_batch_nor_on_the_other_layers() -> None:
+    cursor = StepCursor(GRID)
+    shared = InputRows(cursor)
+    layers = []
+    for seed in range(40):
+        packed = random_layer(nn.Linear(3, 2), steps=len(GRID), seed=seed)
+        layers.append((packed, packed_like(nn.Linear(3, 2), packed.entry().layer_format(), shared)))
+        layers[-1][1].load_state_dict(packed.state())
+    timesteps = torch.linspace(0, 999, 37)
+
+    def rows(timestep: Tensor) -> list[tuple[Tensor, Tensor]]:
+        with cursor.at(timestep):
+            return [shared.of(module) for _, module in layers]
+
+    together = rows(timesteps)
+    for i, timestep in enumerate(timesteps):
+        position = GRID.locate(timestep)
+        for (packed, _), (scale, zero_point), alone in zip(layers, together, rows(timestep), strict=True):
+            assert packed.input_scale is not None
+            assert torch.equal(alone[0], scale[i : i + 1])
+            assert torch.equal(alone[1], zero_point[i : i + 1])
+            assert torch.equal(alone[0], interpolate_scale(packed.input_scale, position))
 
 
 def test_a_static_layer_needs_no_timestep_and_a_table_does() -> None:

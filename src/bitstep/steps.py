@@ -148,11 +148,14 @@ class StepCursor:
 
 
 def interpolate_scale(scale: Tensor, position: Position) -> Tensor:
-    """Rows of a table of positive scales ``[T]`` -> ``[rows]``, linear in log scale, exact on the keys."""
+    """Rows of a table of positive scales ``[T]`` -> ``[rows]``, linear in log scale, exact on the keys.
+
+    The power is taken in float64: in float32 its last bit depends on how many rows are computed together.
+    """
     low = scale[position.lower]
     if position.fraction is None:
         return low
-    return low * (scale[position.upper] / low) ** position.fraction
+    return low * ((scale[position.upper] / low).double() ** position.fraction).to(scale.dtype)
 
 
 def interpolate_zero_point(zero_point: Tensor, position: Position) -> Tensor:

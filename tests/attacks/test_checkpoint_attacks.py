@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +25,24 @@ from bitstep.errors import BitstepError, UsageError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed component: conv_in asymmetric and dilated with a table, conv_out of 3 bits and weight-only."""
+    folder = tmp_path_factory.mktemp("intact")
     source = unet()
     layers = {
         "conv_in": random_layer(source.conv_in, 4, 4, symmetric=False, steps=len(GRID), dilated=True),
         "conv_out": random_layer(source.conv_out, 3, None),
     }
     model = pack_model(source, layers, grid=GRID, modules_to_not_convert={}, total_macs=1, recipe={})
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(intact: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
 def load(folder: Path) -> UNet2DModel:

@@ -13,7 +13,7 @@ from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import set_backend
-from bitstep.runtime.layers import PackedModule, packed_like
+from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.steps import StepCursor
 
 
@@ -37,12 +37,13 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
         manifest = self.quantization_config.manifest
         cursor = None if manifest.step_grid is None else StepCursor(manifest.step_grid.grid())
+        rows = None if cursor is None else InputRows(cursor)
         modules = dict(model.named_modules())
         for name, entry in manifest.layers.items():
             if name not in modules:
                 raise BitstepError(f"the checkpoint packs a layer {name!r} which {type(model).__name__} does not have")
             try:
-                model.set_submodule(name, packed_like(modules[name], entry.layer_format(), cursor))
+                model.set_submodule(name, packed_like(modules[name], entry.layer_format(), rows))
             except BitstepError as error:
                 raise BitstepError(f"{name}: {error}") from None
         if cursor is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, packed_size, unpack
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
-from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import Position, StepCursor, interpolate_scale, interpolate_zero_point, per_sample
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
 _HYPERPARAMETERS = {*nn.Linear.__constants__, *nn.Conv2d.__constants__}
@@ -78,6 +78,43 @@ def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Pr
     )
 
 
+class InputRows:
+    """Scale and zero point of every layer's input at the cursor's position, looked up once for all layers.
+
+    (One by one the lookups would take longer than many a layer.)
+    """
+
+    def __init__(self, cursor: StepCursor) -> None:
+        self.cursor = cursor
+        self.layers: list[PackedModule] = []
+        self._position: Position | None = None
+        self._found: dict[PackedModule, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: PackedModule) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32 ``[rows]``; StepError outside a forward pass of the denoiser."""
+        position = self.cursor.position
+        if position is not self._position:
+            self._position, self._found = position, {}
+        if layer not in self._found:
+            self._found |= self._look_up(position, layer.weight_packed.device)
+        return self._found[layer]
+
+    def forget(self) -> None:
+        """Drop what was found, because a table changed."""
+        self._position = None
+
+    def _look_up(self, position: Position, device: torch.device) -> dict[PackedModule, tuple[Tensor, Tensor]]:
+        layers = [layer for layer in self.layers if layer.weight_packed.device == device]
+        fraction = None if position.fraction is None else position.fraction[:, None].to(device)
+        position = Position(position.lower.to(device), position.upper.to(device), fraction)
+        scale, zero_point = (
+            torch.stack([layer.get_buffer(name) for layer in layers], 1) for name in ("input_scale", "input_zero_point")
+        )
+        scale = interpolate_scale(scale, position).T.contiguous()
+        zero_point = interpolate_zero_point(zero_point, position).round().T.contiguous()
+        return dict(zip(layers, zip(scale, zero_point, strict=True), strict=True))
+
+
 class PackedModule(nn.Module):
     """A layer that holds its :class:`LayerFormat`, its tensors as on disk, and the kernel that runs it.
 
@@ -103,17 +140,19 @@ class PackedModule(nn.Module):
     input_channel_reciprocal: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, like: Packable, layer_format: LayerFormat, cursor: StepCursor | None) -> None:
+    def __init__(self, like: Packable, layer_format: LayerFormat, rows: InputRows | None) -> None:
         """An empty packed layer with the geometry, the bias and the device of ``like``.
 
-        ``cursor`` selects the row of the input scales; a format with fewer than two steps needs none.
+        ``rows`` selects the row of the input scales; a format with fewer than two steps needs none.
         """
         nn.Module.__init__(self)  # past the layer's own constructor, which would allocate a weight
         for name in _HYPERPARAMETERS & vars(like).keys():
             setattr(self, name, getattr(like, name))
         self._problem = layer_problem(like, layer_format, "meta")
         self.format = layer_format
-        self.cursor = cursor
+        self.rows = rows if layer_format.steps > 1 else None
+        if self.rows is not None:
+            self.rows.layers.append(self)
         self.choose: Callable[[Problem], Kernel] | None = None
         self._kernel: Kernel | None = None
         self._run: Forward | None = None
@@ -160,10 +199,15 @@ class PackedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in float32 and returns the dtype of ``x``."""
+        return self.run(x.float(), *self.input_rows(x)).to(x.dtype)
+
+    @property
+    def run(self) -> Forward:
+        """What the kernel prepared; the first read prepares it."""
         if self._run is None:
             self.prepare()
         assert self._run is not None
-        return self._run(x.float(), *self._input_rows(x)).to(x.dtype)
+        return self._run
 
     def extra_repr(self) -> str:
         activations = "" if self.format.activation_bits is None else f"A{self.format.activation_bits}"
@@ -172,6 +216,8 @@ class PackedModule(nn.Module):
     def forget_kernel(self) -> None:
         """Drop what was prepared from the tensors, because they or their device change."""
         self._kernel = self._run = None
+        if self.rows is not None:
+            self.rows.forget()
 
     def _register_buffers(self, bias: bool, device: torch.device) -> None:
         form, (out, *rest) = self.format, self.weight_shape
@@ -188,17 +234,14 @@ class PackedModule(nn.Module):
         register("input_channel_reciprocal", torch.float32, channels, wanted=form.channel_reciprocal)
         register("bias", torch.float32, out, wanted=bias)
 
-    def _input_rows(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def input_rows(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scale and zero point of the activations: float32 ``[1]`` or ``[batch]``, at the cursor's position."""
-        if self.input_scale is None or self.input_zero_point is None:
-            return None, None
-        if len(self.input_scale) == 1:
-            return self.input_scale, self.input_zero_point.float()
-        assert self.cursor is not None
-        position = self.cursor.position
-        scale = interpolate_scale(self.input_scale, position)
-        zero_point = interpolate_zero_point(self.input_zero_point, position).round()
-        return per_sample(scale, x).flatten(), per_sample(zero_point, x).flatten()
+        if self.rows is None:
+            return self.input_scale, None if self.input_zero_point is None else self.input_zero_point.float()
+        scale, zero_point = self.rows.of(self)
+        if len(scale) not in (1, len(x)):
+            scale, zero_point = per_sample(scale, x).flatten(), per_sample(zero_point, x).flatten()
+        return scale, zero_point
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget_kernel()
@@ -225,12 +268,12 @@ class PackedConv2d(PackedModule, nn.Conv2d):  # type: ignore[override]
     """A packed ``nn.Conv2d``; the input is ``[batch, in_channels, height, width]``."""
 
 
-def packed_like(layer: nn.Module, layer_format: LayerFormat, cursor: StepCursor | None) -> PackedModule:
+def packed_like(layer: nn.Module, layer_format: LayerFormat, rows: InputRows | None) -> PackedModule:
     """The empty packed layer that takes the place of ``layer``; BitstepError where none can."""
     if isinstance(layer, nn.Linear):
-        return PackedLinear(layer, layer_format, cursor)
+        return PackedLinear(layer, layer_format, rows)
     if isinstance(layer, nn.Conv1d):
-        return PackedConv1d(layer, layer_format, cursor)
+        return PackedConv1d(layer, layer_format, rows)
     if isinstance(layer, nn.Conv2d):
-        return PackedConv2d(layer, layer_format, cursor)
+        return PackedConv2d(layer, layer_format, rows)
     raise BitstepError(f"a {type(layer).__name__} cannot be packed: expected a Linear, Conv1d or Conv2d")
