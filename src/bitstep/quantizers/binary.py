@@ -43,9 +43,9 @@ class BinaryWeight(WeightQuantizer):
         return 2 * scale.sum(0).mean() / (2 ** len(scale) - 1)
 
     def second_scale(self) -> Tensor:
-        """Scales of the second basis, ``[out]``, or ``[0]`` with one basis."""
+        """Scales of the second basis, ``[1, out]``, or ``[0, out]`` with one basis only."""
         second: Tensor = self.log_scale[1:]
-        return second.exp().flatten()
+        return second.exp()
 
     @torch.no_grad()
     def drop_second_basis(self) -> None:
