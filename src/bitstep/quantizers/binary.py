@@ -40,7 +40,8 @@ class BinaryWeight(WeightQuantizer):
 
     def step_size(self) -> Tensor:
         scale = self.log_scale.detach().exp()
-        return 2 * scale.sum(0).mean() / (2 ** len(scale) - 1)
+        neighbours: int = 2 ** len(scale) - 1
+        return 2 * scale.sum(0).mean() / neighbours
 
     def second_scale(self) -> Tensor:
         """Scales of the second basis, ``[1, out]``, or ``[0, out]`` with one basis only."""
