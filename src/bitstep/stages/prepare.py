@@ -11,7 +11,6 @@ from torch import nn
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, UniformWeights
-from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.stages.ranges import observe
 from bitstep.steps import StepCursor, StepGrid
@@ -61,9 +60,8 @@ def prepare(
         weight_quantizer = weights.build(module.weight, layer.weight_bits)
         input_quantizer = None
         if layer.activation_bits is not None:
-            values = observed[layer.name] if layer.per_step else observed[layer.name].reshape(1, -1)
-            scale, zero_point = search_range(
-                values, layer.activation_bits, symmetric=False, method=method.activations.range
+            scale, zero_point = observed[layer.name].range(
+                layer.activation_bits, method.activations.range, per_step=layer.per_step
             )
             input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor)
         return FakeQuantized(module, weight_quantizer, input_quantizer).to(device)
