@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -21,9 +22,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes must lie in [0, {2**bits - 1}] for {bits} bits")
     # eight codes make one word of `bits` bytes
     count, device = codes.shape[-1], codes.device
-    groups = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 8)).unflatten(-1, (-1, 8))
+    groups = pad(codes.to(torch.int64), (0, -count % 8)).unflatten(-1, (-1, 8))
     words = (groups << torch.arange(0, 8 * bits, bits, device=device)).sum(-1, keepdim=True)
-    packed = (words >> torch.arange(0, 8 * bits, 8, device=device)).to(torch.uint8).flatten(-2)
+    packed: Tensor = (words >> torch.arange(0, 8 * bits, 8, device=device)).to(torch.uint8).flatten(-2)
     return packed[..., : packed_size(count, bits)].contiguous()
 
 
@@ -39,11 +40,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         words = packed.unsqueeze(-1)
         places = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
     else:
-        groups = torch.nn.functional.pad(packed.to(torch.int64), (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+        groups = pad(packed.to(torch.int64), (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
         words = (groups << torch.arange(0, 8 * bits, 8, device=device)).sum(-1, keepdim=True)
         places = torch.arange(0, 8 * bits, bits, device=device)
     codes = (words >> places).to(torch.uint8).bitwise_and_(2**bits - 1)
-    return codes.flatten(-2)[..., :count]
+    return codes.flatten(-2)[..., :count].contiguous()
 
 
 def packed_size(count: int, bits: int) -> int:
