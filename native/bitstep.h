@@ -22,6 +22,24 @@ typedef struct {
   const float* channel_reciprocal;  // [channels] or null
 } bitstep_step;
 
+// What is done to activations before they become codes: normalization, then activation(x * gain + shift).
+typedef struct {
+  int32_t layer_norm;   // normalize each pixel's channels to mean 0 and variance 1
+  float eps;            // added to that variance
+  const float* gain;    // [rows][channels] or null (1)
+  const float* shift;   // [rows][channels] or null (0)
+  int32_t rows;         // 1 or batch
+  int32_t activation;   // 0 none, 1 SiLU, 2 GELU (tanh)
+} bitstep_prologue;
+
+// What is done to a convolution's output: residual + gain * (y + bias).
+typedef struct {
+  const float* bias;      // [bias_rows][out_channels] or null
+  int32_t bias_rows;      // 1 or batch
+  const float* gain;      // [batch][out_channels] or null (1)
+  const float* residual;  // the output's shape, or null; may be the output itself
+} bitstep_epilogue;
+
 typedef struct {
   int32_t batch, height, width, channels;
   int32_t padded_channels;  // channels rounded up to the layer's granule
@@ -47,7 +65,6 @@ typedef struct {
   const int8_t* zero;       // [columns][64]
   const int32_t* sum;       // [columns][16]: the sum of a channel's weights
   const float* scale;       // [columns][16]
-  const float* bias;        // [out_channels] or null
 } bitstep_layer;
 
 // Use GOMP_parallel at this address to share work; null runs everything in the calling thread.
@@ -57,12 +74,15 @@ BITSTEP_API const char* const* bitstep_instruction_sets(void);
 // Use one of them from now on; nonzero if it is not offered.
 BITSTEP_API int bitstep_use(const char* instruction_set);
 
-// x fp32 -> codes, with the border.
-BITSTEP_API void bitstep_quantize(const bitstep_map* map, const bitstep_step* step, const float* x, uint8_t* codes,
-                                  int threads);
-// codes -> y fp32 [batch, out_h, out_w, out_channels]; residual of y's shape, or null, is added.
+// x fp32 -> codes, with the border; prologue may be null.
+BITSTEP_API void bitstep_quantize(const bitstep_map* map, const bitstep_prologue* prologue, const bitstep_step* step,
+                                  const float* x, uint8_t* codes, int threads);
+// codes -> y fp32 [batch, out_h, out_w, out_channels].
 BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
-                                     const uint8_t* codes, const float* residual, float* y, int threads);
+                                     const uint8_t* codes, const bitstep_epilogue* epilogue, float* y, int threads);
+// Group normalization of x as a gain and a shift per sample and channel, both [batch, channels].
+BITSTEP_API void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const float* weight,
+                                    const float* bias, const float* x, float* gain, float* shift, int threads);
 
 #ifdef __cplusplus
 }

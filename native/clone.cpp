@@ -3,7 +3,7 @@
 namespace bitstep {
 namespace BITSTEP_CLONE {
 
-const Clone clone = {quantize, convolution};
+const Clone clone = {quantize, convolution, group_norm};
 
 }  // namespace BITSTEP_CLONE
 }  // namespace bitstep

@@ -8,6 +8,7 @@ namespace bitstep {
 struct Clone {
   decltype(&bitstep_quantize) quantize;
   decltype(&bitstep_convolution) convolution;
+  decltype(&bitstep_group_norm) group_norm;
 };
 
 namespace portable { extern const Clone clone; }
@@ -16,9 +17,9 @@ namespace avx512 { extern const Clone clone; }
 
 #ifdef BITSTEP_CLONE
 namespace BITSTEP_CLONE {
-void quantize(const bitstep_map*, const bitstep_step*, const float*, uint8_t*, int);
-void convolution(const bitstep_layer*, const bitstep_map*, const bitstep_step*, const uint8_t*, const float*, float*,
-                 int);
+decltype(bitstep_quantize) quantize;
+decltype(bitstep_convolution) convolution;
+decltype(bitstep_group_norm) group_norm;
 }  // namespace BITSTEP_CLONE
 #endif
 

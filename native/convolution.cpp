@@ -126,24 +126,24 @@ class Convolution {
     panels_ = (columns_ + layer.panel - 1) / layer.panel;
   }
 
-  void run(const uint8_t* codes, const float* residual, float* y, int threads) const {
+  void run(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
 #if defined(BITSTEP_avx512)
-    if (layer_.table) return run_tables(codes, residual, y, threads);
+    if (layer_.table) return run_tables(codes, epilogue, y, threads);
 #endif
-    run<Bytes>(codes, 0, map_.batch * out_h_, residual, y, threads);
+    run<Bytes>(codes, 0, map_.batch * out_h_, epilogue, y, threads);
   }
 
  private:
   // Output rows [first, last) of the batch's batch * out_h; source holds their codes or tables.
   template <class Kind>
-  void run(const uint8_t* source, int64_t first, int64_t last, const float* residual, float* y, int threads) const {
+  void run(const uint8_t* source, int64_t first, int64_t last, const bitstep_epilogue& epilogue, float* y, int threads) const {
     const int64_t pixels = (last - first) * out_w_;
     const int64_t tiles = (pixels + Kind::kPixels - 1) / Kind::kPixels;
     parallel_for(panels_ * tiles, threads, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t panel = begin / tiles, stop = std::min(end, (panel + 1) * tiles);
         run_panel<Kind>(source, static_cast<int>(panel), first * out_w_, pixels, begin - panel * tiles,
-                        stop - panel * tiles, tiles, residual, y);
+                        stop - panel * tiles, tiles, epilogue, y);
         begin = stop;
       }
     });
@@ -151,7 +151,7 @@ class Convolution {
 
   template <class Kind>
   void run_panel(const uint8_t* source, int panel, int64_t first_pixel, int64_t pixels, int64_t tile, int64_t stop,
-                 int64_t tiles, const float* residual, float* y) const {
+                 int64_t tiles, const bitstep_epilogue& epilogue, float* y) const {
     const int64_t scaling = layer_.table ? 4 : 1;  // bytes of source per code
     const int columns = std::min(layer_.panel, columns_ - panel * layer_.panel);
     const Window window = make_window(Kind::kStep, scaling);
@@ -170,7 +170,7 @@ class Convolution {
         accumulate<Kind>(width, count, at, window, weight + c * kBlock, int64_t{columns} * kBlock, sums + c * kColumn);
       }
       for (int p = 0; p < count; ++p) {
-        finish(begin + p, panel * layer_.panel, columns, sums + p * columns * kColumn, residual, y);
+        finish(begin + p, panel * layer_.panel, columns, sums + p * columns * kColumn, epilogue, y);
       }
     }
   }
@@ -221,40 +221,40 @@ class Convolution {
     return out;
   }
 
-  // sums -> y for one pixel and some columns.
-  void finish(int64_t pixel, int column, int columns, const int32_t* sums, const float* residual, float* y) const {
-    const int row = step_.rows == 1 ? 0 : static_cast<int>(pixel / (out_h_ * out_w_));
+  // sums -> y for one pixel and the columns of a panel.
+  void finish(int64_t pixel, int column, int columns, const int32_t* sums, const bitstep_epilogue& epilogue,
+              float* y) const {
+    const int64_t sample = map_.batch == 1 ? 0 : pixel / (out_h_ * out_w_);
+    const int64_t row = step_.rows == 1 ? 0 : sample;
     const F step_scale = splat(step_.scale[row]);
     const I zero_point = splat(static_cast<int32_t>(step_.zero_point[row]));
-    const int64_t offset = pixel * layer_.out_channels;
+    const int64_t at_pixel = pixel * layer_.out_channels, at_sample = sample * layer_.out_channels;
+    const float* bias = epilogue.bias ? epilogue.bias + (epilogue.bias_rows == 1 ? 0 : at_sample) : nullptr;
+    const float* gain = epilogue.gain ? epilogue.gain + at_sample : nullptr;
+    const float* residual = epilogue.residual ? epilogue.residual + at_pixel : nullptr;
     for (int c = 0; c < columns; c += layer_.bases) {
       for (int v = 0; v < kVectors; ++v) {
+        const int channel = (column + c) / layer_.bases * kColumn + v * kLanes;
+        const int count = std::min(kLanes, layer_.out_channels - channel);
+        if (count <= 0) break;
         F total{};
         for (int basis = 0; basis < layer_.bases; ++basis) {
           const int at = (column + c + basis) * kColumn + v * kLanes;
           const I acc = *reinterpret_cast<const I*>(sums + (c + basis) * kColumn + v * kLanes);
           total += to_float(acc - zero_point * load(layer_.sum + at)) * load(layer_.scale + at);
         }
-        const int channel = (column + c) / layer_.bases * kColumn + v * kLanes;
-        const int count = std::min(kLanes, layer_.out_channels - channel);
-        if (count <= 0) break;
         total *= step_scale;
-        if (count == kLanes) {
-          if (layer_.bias) total += load(layer_.bias + channel);
-          if (residual) total += load(residual + offset + channel);
-          store(y + offset + channel, total);
-        } else {
-          if (layer_.bias) total += load(layer_.bias + channel, count);
-          if (residual) total += load(residual + offset + channel, count);
-          store(y + offset + channel, total, count);
-        }
+        if (bias) total += load_some(bias + channel, count);
+        if (gain) total *= load_some(gain + channel, count);
+        if (residual) total += load_some(residual + channel, count);
+        store_some(y + at_pixel + channel, total, count);
       }
     }
   }
 
 #if defined(BITSTEP_avx512)
   // Tables are four times the codes, so they are made for a band of output rows that fits the cache.
-  void run_tables(const uint8_t* codes, const float* residual, float* y, int threads) const {
+  void run_tables(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
     const int64_t halo = int64_t{layer_.dilation_h} * (layer_.kernel_h - 1) + 1;
     const int64_t row_bytes = 4 * border_.row_bytes;
     const int64_t cached = std::max<int64_t>(1, (kBandBytes * threads / row_bytes - halo) / layer_.stride_h + 1);
@@ -269,7 +269,7 @@ class Convolution {
                       tables + row * row_bytes);
         }
       });
-      run<Tables>(tables - from * row_bytes, first, last, residual, y, threads);
+      run<Tables>(tables - from * row_bytes, first, last, epilogue, y, threads);
     }
   }
 
@@ -307,8 +307,8 @@ class Convolution {
 }  // namespace
 
 void convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step, const uint8_t* codes,
-                 const float* residual, float* y, int threads) {
-  Convolution(*layer, *map, *step).run(codes, residual, y, threads);
+                 const bitstep_epilogue* epilogue, float* y, int threads) {
+  Convolution(*layer, *map, *step).run(codes, *epilogue, y, threads);
 }
 
 }  // namespace BITSTEP_CLONE

@@ -65,13 +65,19 @@ int bitstep_use(const char* instruction_set) {
   return 1;
 }
 
-void bitstep_quantize(const bitstep_map* map, const bitstep_step* step, const float* x, uint8_t* codes, int threads) {
-  current()->quantize(map, step, x, codes, threads);
+void bitstep_quantize(const bitstep_map* map, const bitstep_prologue* prologue, const bitstep_step* step,
+                      const float* x, uint8_t* codes, int threads) {
+  current()->quantize(map, prologue, step, x, codes, threads);
 }
 
 void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
-                         const uint8_t* codes, const float* residual, float* y, int threads) {
-  current()->convolution(layer, map, step, codes, residual, y, threads);
+                         const uint8_t* codes, const bitstep_epilogue* epilogue, float* y, int threads) {
+  current()->convolution(layer, map, step, codes, epilogue, y, threads);
+}
+
+void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const float* weight, const float* bias,
+                        const float* x, float* gain, float* shift, int threads) {
+  current()->group_norm(map, groups, eps, weight, bias, x, gain, shift, threads);
 }
 
 }  // extern "C"

@@ -117,6 +117,15 @@ inline I dot4(I acc, I a, I w) {
 
 #endif
 
+inline F load_some(const float* p, int count) { return count == kLanes ? load(p) : load(p, count); }
+inline void store_some(float* p, F x, int count) { count == kLanes ? store(p, x) : store(p, x, count); }
+
+// x with zeros from lane `count` on.
+inline F first_lanes(F x, int count) {
+  for (int i = count; i < kLanes; ++i) x[i] = 0;
+  return x;
+}
+
 inline float sum(F x) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];

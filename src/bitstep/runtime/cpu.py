@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+
+Activation = Literal["none", "silu", "gelu"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 _COLUMN = 16
 _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
@@ -45,17 +49,15 @@ class CpuKernel(Kernel):
         return wrong
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
-        convolution = Convolution(problem, tensors)
-        if problem.op == "linear":
-            return convolution.linear
-        return convolution.conv1d if problem.op == "conv1d" else convolution.conv2d
+        return Convolution(problem, tensors)
 
 
 class Convolution:
-    """A layer's weights as the library takes them, and the calls into it."""
+    """A layer's weights as the library takes them, and the calls into it; linear layers are 1x1 convolutions."""
 
     def __init__(self, problem: Problem, tensors: LayerTensors) -> None:
         assert problem.activation_bits is not None
+        self.op = problem.op
         table = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS and native.has_tables()
         kernel, stride, dilation, padding = (
             _plane(*pair)
@@ -94,40 +96,38 @@ class Convolution:
             zero=self.packed.zero.data_ptr(),
             sum=self.packed.sum.data_ptr(),
             scale=self.packed.scale.data_ptr(),
-            bias=_address(self.bias),
         )
 
-    def linear(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_channels)
-        self._run(x, (x.shape[0], 1, prod(x.shape[1:-1])), scale, zero_point, y)
-        return y
+    def __call__(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        if self.op == "linear":
+            x = x.contiguous()
+            y = self.convolve(x.reshape(x.shape[0], 1, -1, x.shape[-1]), scale, zero_point)
+            return y.reshape(*x.shape[:-1], self.out_channels)
+        if self.op == "conv1d":
+            return self.convolve(x.transpose(1, 2).contiguous()[:, None], scale, zero_point)[:, 0].transpose(1, 2)
+        return self.convolve(x.permute(0, 2, 3, 1).contiguous(), scale, zero_point).permute(0, 3, 1, 2)
 
-    def conv1d(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        batch, _, length = x.shape
-        y = x.new_empty(batch, self._extent(1, length), self.out_channels)
-        self._run(x.transpose(1, 2).contiguous(), (batch, 1, length), scale, zero_point, y)
-        return y.transpose(1, 2)
+    def convolve(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        before: Before | None = None,
+        *,
+        bias: Tensor | None = None,
+        gain: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``residual + gain * (convolve(quantize(before(x))) + bias)``, on contiguous float32 NHWC tensors.
 
-    def conv2d(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        batch, _, height, width = x.shape
-        x = x.permute(0, 2, 3, 1).contiguous()
-        y = x.new_empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
-        self._run(x, (batch, height, width), scale, zero_point, y)
-        return y.permute(0, 3, 1, 2)
-
-    def _extent(self, axis: int, size: int) -> int:
-        return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
-
-    def _run(
-        self, x: Tensor, shape: tuple[int, int, int], scale: Tensor | None, zero_point: Tensor | None, y: Tensor
-    ) -> None:
+        ``bias`` ``[batch, out]`` replaces the layer's own; ``gain`` is ``[batch, out]``; ``residual`` has y's shape.
+        """
         lib = native.library()
         assert lib is not None
         assert scale is not None
         assert zero_point is not None
-        batch, height, width = shape
-        grid = native.Map(batch, height, width, self.in_channels, self.padded_channels, *self.padding)
+        batch, height, width, channels = x.shape
+        grid = native.Map(batch, height, width, channels, self.padded_channels, *self.padding)
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
         step = native.Step(
             scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
@@ -136,9 +136,69 @@ class Convolution:
             batch * (height + 2 * self.padding[0]) * (width + 2 * self.padding[1]) * self.padded_channels,
             dtype=torch.uint8,
         )
+        y = torch.empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
+        epilogue = native.Epilogue(
+            _address(self.bias if bias is None else bias),
+            1 if bias is None else batch,
+            _address(gain),
+            _address(residual),
+        )
         threads = torch.get_num_threads()
-        lib.bitstep_quantize(grid, step, x.data_ptr(), codes.data_ptr(), threads)
-        lib.bitstep_convolution(self.layer, grid, step, codes.data_ptr(), None, y.data_ptr(), threads)
+        prologue = before.prologue if before else None
+        lib.bitstep_quantize(grid, prologue, step, x.data_ptr(), codes.data_ptr(), threads)
+        lib.bitstep_convolution(self.layer, grid, step, codes.data_ptr(), epilogue, y.data_ptr(), threads)
+        return y
+
+    def _extent(self, axis: int, size: int) -> int:
+        return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
+
+
+class Before:
+    """What is done to a layer's input before it is quantized: normalization, gain and shift, activation.
+
+    gain, shift: float32 ``[channels]`` or ``[batch, channels]``, or None
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_norm: float | None = None,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        activation: Activation = "none",
+    ) -> None:
+        """``layer_norm`` is the epsilon of a normalization over channels, None for no normalization."""
+        self.tensors = (gain, shift)  # kept alive for the addresses
+        rows = max(len(t) if t is not None and t.ndim > 1 else 1 for t in self.tensors)
+        self.prologue = native.Prologue(
+            layer_norm is not None,
+            layer_norm or 0.0,
+            _address(gain),
+            _address(shift),
+            rows,
+            ACTIVATIONS.index(activation),
+        )
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, activation: Activation = "none") -> Before:
+    """The group normalization of ``x``, contiguous float32 NHWC, as what is done to it before it is quantized."""
+    lib = native.library()
+    assert lib is not None
+    batch, height, width, channels = x.shape
+    grid = native.Map(batch, height, width, channels, channels, 0, 0)
+    gain, shift = torch.empty(2, batch, channels)
+    lib.bitstep_group_norm(
+        grid,
+        norm.num_groups,
+        norm.eps,
+        _address(norm.weight),
+        _address(norm.bias),
+        x.data_ptr(),
+        gain.data_ptr(),
+        shift.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Before(gain=gain, shift=shift, activation=activation)
 
 
 @dataclass(frozen=True)

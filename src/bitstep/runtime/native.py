@@ -6,15 +6,16 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_void_p
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch  # noqa: F401  (loads the OpenMP runtime that the library works on)
 
 from bitstep.errors import UsageError
 
-LIBRARY = Path(__file__).with_name("bitstep_cpu.so")
+LIBRARY = "bitstep_cpu.so"
 INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
 
 
@@ -28,6 +29,25 @@ class Step(ctypes.Structure):
         ("top", c_int32),
         ("channel_reciprocal", c_void_p),
     ]
+
+
+class Prologue(ctypes.Structure):
+    """``bitstep_prologue``: what is done to activations before they become codes."""
+
+    _fields_ = [
+        ("layer_norm", c_int32),
+        ("eps", c_float),
+        ("gain", c_void_p),
+        ("shift", c_void_p),
+        ("rows", c_int32),
+        ("activation", c_int32),
+    ]
+
+
+class Epilogue(ctypes.Structure):
+    """``bitstep_epilogue``: what is done to a convolution's output."""
+
+    _fields_ = [("bias", c_void_p), ("bias_rows", c_int32), ("gain", c_void_p), ("residual", c_void_p)]
 
 
 class Map(ctypes.Structure):
@@ -45,25 +65,24 @@ class Layer(ctypes.Structure):
         *((name, c_int32) for name in ("out_channels", "padded_channels")),
         *((f"{name}_{side}", c_int32) for name in ("kernel", "stride", "dilation") for side in "hw"),
         *((name, c_int32) for name in ("bits", "bases", "panel", "table")),
-        *((name, c_void_p) for name in ("weight", "zero", "sum", "scale", "bias")),
+        *((name, c_void_p) for name in ("weight", "zero", "sum", "scale")),
     ]
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built. It works on torch's own OpenMP threads."""
-    if not LIBRARY.exists():
+    # an editable install has two folders: that of the sources, and that of what was built
+    folders = import_module("bitstep.runtime").__path__
+    path = next((path for folder in folders if (path := Path(folder) / LIBRARY).exists()), None)
+    if path is None:
         return None
-    lib = ctypes.CDLL(str(LIBRARY))
+    lib = ctypes.CDLL(str(path))
     lib.bitstep_instruction_sets.restype = POINTER(c_char_p)
-    lib.bitstep_quantize.argtypes = [POINTER(Map), POINTER(Step), c_void_p, c_void_p, c_int]
-    lib.bitstep_convolution.argtypes = [
-        POINTER(Layer),
-        POINTER(Map),
-        POINTER(Step),
-        *[c_void_p] * 3,
-        c_int,
-    ]
+    grid, step, prologue, epilogue = POINTER(Map), POINTER(Step), POINTER(Prologue), POINTER(Epilogue)
+    lib.bitstep_quantize.argtypes = [grid, prologue, step, c_void_p, c_void_p, c_int]
+    lib.bitstep_convolution.argtypes = [POINTER(Layer), grid, step, c_void_p, epilogue, c_void_p, c_int]
+    lib.bitstep_group_norm.argtypes = [grid, c_int, c_float, *[c_void_p] * 5, c_int]
     # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
     fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     lib.bitstep_set_fork(ctypes.cast(fork, c_void_p) if fork else None)

@@ -1,0 +1,67 @@
+// Group normalization of an NHWC map, as a gain and a shift per sample and channel for the next quantization.
+#include <algorithm>
+#include <cmath>
+
+#include "clone.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace bitstep {
+namespace BITSTEP_CLONE {
+namespace {
+
+constexpr int64_t kChunk = 64;  // pixels summed in float before they are added up in double
+
+// Sums of the values and of their squares over some pixels, per channel.
+void moments(const float* x, int64_t pixels, int64_t channels, float* sums, float* squares) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, channels - c));
+    F s[2] = {}, q[2] = {};
+    for (int64_t p = 0; p < pixels; ++p) {
+      const F value = load_some(x + p * channels + c, lanes);
+      s[p % 2] += value;
+      q[p % 2] += value * value;
+    }
+    store_some(sums + c, s[0] + s[1], lanes);
+    store_some(squares + c, q[0] + q[1], lanes);
+  }
+}
+
+}  // namespace
+
+void group_norm(const bitstep_map* map, int groups, float eps, const float* weight, const float* bias, const float* x,
+                float* gain, float* shift, int threads) {
+  const int64_t channels = map->channels, pixels = int64_t{map->height} * map->width;
+  const int64_t chunks = (pixels + kChunk - 1) / kChunk, width = channels / groups;
+  auto* parts = static_cast<float*>(scratch(Slot::kRows, map->batch * chunks * 2 * channels * sizeof(float)));
+  parallel_for(map->batch * chunks, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t sample = part / chunks, first = part % chunks * kChunk;
+      float* sums = parts + part * 2 * channels;
+      moments(x + (sample * pixels + first) * channels, std::min(kChunk, pixels - first), channels, sums,
+              sums + channels);
+    }
+  });
+  for (int64_t sample = 0; sample < map->batch; ++sample) {
+    for (int64_t group = 0; group < groups; ++group) {
+      double total = 0, squares = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const float* sums = parts + (sample * chunks + chunk) * 2 * channels + group * width;
+        for (int64_t c = 0; c < width; ++c) {
+          total += sums[c];
+          squares += sums[channels + c];
+        }
+      }
+      const double count = static_cast<double>(pixels * width), mean = total / count;
+      const double deviation = std::sqrt(std::max(squares / count - mean * mean, 0.0) + eps);
+      for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+        const double g = (weight ? weight[c] : 1) / deviation;
+        gain[sample * channels + c] = static_cast<float>(g);
+        shift[sample * channels + c] = static_cast<float>((bias ? bias[c] : 0) - mean * g);
+      }
+    }
+  }
+}
+
+}  // namespace BITSTEP_CLONE
+}  // namespace bitstep

@@ -1,0 +1,262 @@
+"""Blocks of diffusers models that run fused on the native library: normalization and activation go straight to codes,
+and biases, gates and residuals are added where a layer's sums leave the registers.
+
+A block is recognised by its type and by the layers it holds; :func:`fuse` gives it a subclass of its own class whose
+forward pass is fused. What the subclass does not know (a mask, a hook on a layer inside) runs layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitstep.runtime.cpu import Before, Convolution, group_norm
+from bitstep.runtime.layers import PackedModule
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Fuse every block of ``model`` that is recognised; the names of all fused blocks, in the model's order.
+
+    Call it once the kernels are chosen: a block is fused when the native library runs all of its packed layers.
+    """
+    for block in model.modules():
+        for kind in _FUSED:
+            if type(block) is kind.__base__ and kind.recognises(block):
+                block.__class__ = kind
+    return fused_blocks(model)
+
+
+def fused_blocks(model: nn.Module) -> list[str]:
+    """The names of the blocks of ``model`` that run fused."""
+    return [name for name, module in model.named_modules() if isinstance(module, _FUSED)]
+
+
+class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+    """Two convolutions, each after group normalization and SiLU, with the time embedding and the shortcut added."""
+
+    @staticmethod
+    def recognises(block: ResnetBlock2D) -> bool:
+        return (
+            block.upsample is None
+            and block.downsample is None
+            and block.time_embedding_norm == "default"
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and isinstance(block.norm1, nn.GroupNorm)
+            and isinstance(block.norm2, nn.GroupNorm)
+            and _native(block.conv1, block.conv2)
+            and (block.conv_shortcut is None or _native(block.conv_shortcut))
+        )
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not _runs_fused(input_tensor, self.norm1, self.conv1, self.norm2, self.conv2):
+            return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        x = _nhwc(input_tensor)
+        bias = None
+        if self.time_emb_proj is not None and temb is not None:
+            bias = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+            if self.conv1.bias is not None:
+                bias = bias + self.conv1.bias
+            bias = bias.expand(len(x), -1).contiguous()
+        h = _run(self.conv1, x, group_norm(x, self.norm1, "silu"), bias=bias)
+        residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
+        y = _run(self.conv2, h, group_norm(h, self.norm2, "silu"), residual=residual)
+        return _nchw(y) if self.output_scale_factor == 1 else _nchw(y) / self.output_scale_factor
+
+
+class FusedAttention(Attention):  # type: ignore[misc]
+    """Attention whose input normalization, bias and residual are fused into its projections."""
+
+    @staticmethod
+    def recognises(block: Attention) -> bool:
+        unknown = (block.spatial_norm, block.norm_q, block.norm_k, block.norm_cross)
+        return (
+            type(block.processor) is AttnProcessor2_0
+            and not any(unknown)
+            and (block.group_norm is None or isinstance(block.group_norm, nn.GroupNorm))
+            and _native(block.to_q, block.to_k, block.to_v, block.to_out[0])
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if kwargs.get("temb") is not None or not self.runs_fused(hidden_states, attention_mask):
+            return super().forward(  # type: ignore[no-any-return]
+                hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
+            )
+        is_map = hidden_states.ndim == 4
+        x = _nhwc(hidden_states) if is_map else hidden_states.contiguous()
+        tokens = x.reshape(len(x), 1, -1, x.shape[-1])
+        before = None if self.group_norm is None else group_norm(tokens, self.group_norm)
+        y = self.attend(
+            tokens, before, context=encoder_hidden_states, residual=tokens if self.residual_connection else None
+        )
+        if self.rescale_output_factor != 1:
+            y = y / self.rescale_output_factor
+        y = y.reshape(*x.shape[:-1], -1)
+        return _nchw(y) if is_map else y
+
+    def runs_fused(self, x: Tensor, mask: Tensor | None) -> bool:
+        return (
+            mask is None
+            and type(self.processor) is AttnProcessor2_0
+            and _runs_fused(x, self.to_q, self.to_k, self.to_v, self.to_out[0])
+        )
+
+    def attend(
+        self,
+        x: Tensor,
+        before: Before | None,
+        *,
+        context: Tensor | None = None,
+        gain: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``residual + gain * attention(before(x))``; x ``[batch, 1, tokens, channels]``.
+
+        ``context`` ``[batch, tokens, channels]`` gives keys and values, as it is; without it they come from x.
+        """
+        source, prepare = x, before
+        if context is not None:
+            source, prepare = context.float().contiguous()[:, None], None
+        q, k, v = (
+            _run(layer, tensor, stage).reshape(len(x), tensor.shape[2], self.heads, -1).transpose(1, 2)
+            for layer, tensor, stage in (
+                (self.to_q, x, before),
+                (self.to_k, source, prepare),
+                (self.to_v, source, prepare),
+            )
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), 1, x.shape[2], -1)
+        return _run(self.to_out[0], mixed, gain=gain, residual=residual)
+
+
+class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """Self-attention, cross-attention and feed-forward, with plain or adaptive (zero) layer normalization."""
+
+    @staticmethod
+    def recognises(block: BasicTransformerBlock) -> bool:
+        ada = block.norm_type == "ada_norm_zero" and isinstance(block.norm1, AdaLayerNormZero)
+        norms = (block.norm1.norm if ada else block.norm1, block.norm3)
+        net = block.ff.net
+        return (
+            (ada or block.norm_type == "layer_norm")
+            and all(type(norm) is nn.LayerNorm for norm in norms)
+            and (block.attn2 is None or (type(block.norm2) is nn.LayerNorm and FusedAttention.recognises(block.attn2)))
+            and block.pos_embed is None
+            and not block.only_cross_attention
+            and getattr(block, "fuser", None) is None
+            and FusedAttention.recognises(block.attn1)
+            and type(block.ff) is FeedForward
+            and type(net[0]) in (GELU, GEGLU)
+            and _native(net[0].proj, net[2])
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        project, out = self.ff.net[0], self.ff.net[2]
+        if (
+            cross_attention_kwargs
+            or self._chunk_size is not None
+            or hidden_states.ndim != 3
+            or not self.attn1.runs_fused(hidden_states, attention_mask)
+            or (self.attn2 is not None and not self.attn2.runs_fused(hidden_states, encoder_attention_mask))
+            or not _runs_fused(hidden_states, self.attn1, self.ff, project, project.proj, out)
+        ):
+            return super().forward(  # type: ignore[no-any-return]
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+        x = hidden_states.contiguous()[:, None]
+        gate_attention = gate_feed = scale = shift = None
+        if self.norm_type == "ada_norm_zero":
+            norm = self.norm1
+            embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
+            rows = norm.linear(norm.silu(embedding)).chunk(6, dim=1)
+            shift, scale, gate_attention, *late = (row.contiguous() for row in rows)
+            before = _layer_norm(norm.norm, scale, shift)
+            shift, scale, gate_feed = late
+        else:
+            before = _layer_norm(self.norm1)
+        x = self.attn1.attend(x, before, gain=gate_attention, residual=x)
+        if self.attn2 is not None:
+            x = self.attn2.attend(x, _layer_norm(self.norm2), context=encoder_hidden_states, residual=x)
+        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, scale, shift)), None
+        if isinstance(project, GEGLU):
+            value, gate = hidden.chunk(2, dim=-1)
+            hidden = value * F.gelu(gate)
+        elif project.approximate == "tanh":
+            activate = Before(activation="gelu")
+        else:
+            hidden = F.gelu(hidden)
+        return _run(out, hidden, activate, gain=gate_feed, residual=x)[:, 0]
+
+
+_FUSED = (FusedResnetBlock2D, FusedAttention, FusedBasicTransformerBlock)
+
+
+def _native(*layers: nn.Module) -> bool:
+    return all(isinstance(layer, PackedModule) and isinstance(layer.run, Convolution) for layer in layers)
+
+
+def _runs_fused(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether nobody watches the modules inside, and x is what the library takes."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    return not hooked and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
+
+
+def _run(
+    layer: PackedModule,
+    x: Tensor,
+    before: Before | None = None,
+    *,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    assert isinstance(layer.run, Convolution)
+    return layer.run.convolve(x, *layer.input_rows(x), before, bias=bias, gain=gain, residual=residual)
+
+
+def _layer_norm(norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Before:
+    """``norm(x) * (1 + scale) + shift``; scale and shift ``[batch, channels]``."""
+    gain: Tensor | None = norm.weight
+    offset: Tensor | None = norm.bias
+    if scale is not None and shift is not None:
+        gain = 1 + scale if gain is None else gain * (1 + scale)
+        offset = shift if offset is None else offset * (1 + scale) + shift
+    return Before(layer_norm=norm.eps, gain=gain, shift=offset)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
