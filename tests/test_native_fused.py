@@ -77,10 +77,7 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
     layer = Convolution(identity.problem, tensors)
     x = torch.randn(2, 5, 3, channels) * 3 + 1
     scale, zero_point = torch.tensor([0.05]), torch.tensor([60.0])
-    torch_activation = {"none": lambda y: y, "silu": F.silu, "gelu": lambda y: F.gelu(y, approximate="tanh")}[
-        activation
-    ]
-
+    activations = {"none": nn.Identity(), "silu": nn.SiLU(), "gelu": nn.GELU("tanh")}
     norm = nn.GroupNorm(channels // 7 if channels == 21 else 8, channels)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
