@@ -30,7 +30,7 @@ class Recipe(Slot):
     """All that decides the result, besides the source and the seed."""
 
     bits: str
-    weight_bits: int
+    weight_bits: float
     activation_bits: int
     method: Method
 
@@ -54,10 +54,10 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
     method = _validate(settings)
     weight_bits, activation_bits = parse_bits(bits)
     try:
-        layer_bits = method.weights.layer_bits(weight_bits)
+        method.weights.layer_bits(weight_bits)
     except ValueError as error:
         raise UsageError(f"bits {bits!r} do not suit recipe {method.name!r}: {error}") from error
-    return Recipe(bits=bits, weight_bits=layer_bits, activation_bits=activation_bits, method=method)
+    return Recipe(bits=bits, weight_bits=weight_bits, activation_bits=activation_bits, method=method)
 
 
 def parse_bits(bits: str) -> tuple[float, int]:

@@ -34,6 +34,7 @@ import bitstep
 from bitstep.calls import Pool
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
+from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, Effort
 from bitstep.recipe import Recipe, resolve
 from bitstep.stages.calibrate import record, stream
@@ -48,6 +49,7 @@ from bitstep.stages.generate import Sampling
 from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_layers
 from bitstep.stages.prepare import Student, prepare
+from bitstep.stages.sample import holds_images, read
 
 SAVE_EVERY_SECONDS = 60.0
 RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
@@ -77,11 +79,14 @@ def quantize(
     out = Path(out)
     resolved = resolve(recipe, bits, effort, overrides)
     texts = _read_prompts(prompts)
+    if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
+        raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
     identity = {
         "source": source,
         "seed": seed,
         "effort": effort,
         "prompts": texts,
+        "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
     work = _claim(out, identity, resume=resume, overwrite=overwrite)
@@ -93,7 +98,7 @@ def quantize(
     loaded.denoiser.requires_grad_(False).eval()
     torch.manual_seed(seed)
     try:
-        student = _fit(loaded, resolved, work, seed, texts, report)
+        student = _fit(loaded, resolved, work, seed, texts, data, report)
         _pack(loaded, student, resolved, work, out, report)
     except OSError as error:
         raise BitstepError(f"cannot write {error.filename or work}: {error.strerror or error}") from error
@@ -101,7 +106,13 @@ def quantize(
 
 
 def _fit(
-    source: Source, recipe: Recipe, work: Path, seed: int, prompts: list[str] | None, report: _Report
+    source: Source,
+    recipe: Recipe,
+    work: Path,
+    seed: int,
+    prompts: list[str] | None,
+    data: str | Path | None,
+    report: _Report,
 ) -> Student:
     """Record, calibrate, train."""
     method, calibration = recipe.method, recipe.method.calibration
@@ -142,6 +153,7 @@ def _fit(
         stream=streamed,
         folder=work,
         seed=seed,
+        images=None if data is None else _read_images(Path(data), source, pool),
     )
     _train(context, recipe, work, report)
     return student
@@ -159,6 +171,7 @@ def _train(context: Context, recipe: Recipe, work: Path, report: _Report) -> Non
             losses.add(step.phase, step.unit, step.iteration, step.loss)
             update(step.iteration, step.iterations, f"{step.name} loss {step.loss:.5f}")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                losses.flush()
                 _save_state(work / STATE, context, state)
                 saved = time.monotonic()
     losses.flush()
@@ -242,6 +255,7 @@ def _versions() -> dict[str, str]:
 def _save_state(path: Path, context: Context, state: TrainingState) -> None:
     tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(context.layers).items()}
     tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
     position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
     temporary = path.with_suffix(".tmp")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -258,7 +272,9 @@ def _load_state(path: Path, context: Context) -> TrainingState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         load_trained_tensors(context.layers, _under("trained.", tensors))
         phase, unit, iteration = (int(position[key]) for key in ("phase", "unit", "iteration"))
-        return TrainingState(phase, unit, iteration, moments=_under("moments.", tensors))
+        return TrainingState(
+            phase, unit, iteration, moments=_under("moments.", tensors), average=_under("average.", tensors)
+        )
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise BitstepError(f"the saved state {path} is damaged ({error}): start again with --overwrite") from error
 
@@ -268,7 +284,7 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 class _LossCurve:
-    """Appends to a CSV file; what a killed run wrote past the state it resumes from is dropped."""
+    """The losses so far, written whenever the state is; rows past the state that a run resumes from are dropped."""
 
     HEADER = ("phase", "unit", "iteration", "loss")
 
@@ -282,8 +298,6 @@ class _LossCurve:
 
     def add(self, phase: int, unit: int, iteration: int, loss: float) -> None:
         self._rows.append((phase, unit, iteration, loss))
-        if len(self._rows) % 100 == 0:
-            self.flush()
 
     def flush(self) -> None:
         temporary = self._path.with_suffix(".tmp")
@@ -332,6 +346,16 @@ def _read_prompts(path: str | Path | None) -> list[str] | None:
     if not any(lines):
         raise UsageError(f"{path} holds no prompts: expected one a line")
     return [line for line in lines if line]
+
+
+def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:
+    """Pictures of the denoiser's size, or mosaics of such."""
+    if not holds_images(folder):
+        raise UsageError(f"{folder} holds no images: expected a folder of pictures")
+    call, _ = pool.batch([0])
+    sample = next(value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
+    pixels = read(folder, tile=sample.shape[-1] * enlargement(source.pipeline))
+    return TrainingImages.of_pipeline(pixels, source.pipeline)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitstep.errors import UsageError
 from bitstep.layers import FakeQuantized, refusal
@@ -36,7 +36,10 @@ class Rule(Slot):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer. ``activation_bits`` is None for floating-point activations."""
+    """What becomes of one layer. ``activation_bits`` is None for floating-point activations.
+
+    bases: sign bases of a weight of one bit, else 1. weights: number of entries of the weight.
+    """
 
     name: str
     weight_bits: int
@@ -44,6 +47,8 @@ class LayerPlan:
     per_step: bool
     trained: bool
     macs: int
+    weights: int
+    bases: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Plan:
     def coverage(self) -> float:
         """Share of the denoiser's multiply-accumulates that run quantized, 0..1."""
         return sum(layer.macs for layer in self.layers) / self.total_macs
+
+    @property
+    def average_weight_bits(self) -> float:
+        """Bits a weight, over all weights of the quantized layers."""
+        bits = sum(layer.weights * layer.weight_bits * layer.bases for layer in self.layers)
+        return bits / sum(layer.weights for layer in self.layers)
 
 
 Coverage = Literal["full", "efficientdm"]
@@ -87,7 +98,9 @@ def plan(
     unused = set(rules)
     for info in structure.layers:
         module = denoiser.get_submodule(info.name)
-        layer = LayerPlan(info.name, weight_bits, bits, per_step and bits is not None, True, info.macs)
+        layer = LayerPlan(
+            info.name, weight_bits, bits, per_step and bits is not None, True, info.macs, _weights(module)
+        )
         if info.name in sensitive:
             wide = None if bits is None or info.name == structure.first else SENSITIVE_BITS
             layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
@@ -116,6 +129,23 @@ def plan(
     return Plan(tuple(layers), left_alone, structure.total_macs)
 
 
+def add_bases(plan: Plan, structure: Structure, average: float) -> Plan:
+    """Give layers of one bit a second basis, as many as an average of ``average`` bits a weight has room for.
+
+    They go where parameters are sparse and resolution is high: the layers with the most positions first (the two ends
+    of a UNet, before and after its middle), among equals (the layers of a transformer) the smallest first.
+    """
+    positions = {info.name: info.positions for info in structure.layers}
+    binary = [layer for layer in plan.layers if layer.weight_bits == 1]
+    room = (average - plan.average_weight_bits) * sum(layer.weights for layer in plan.layers)
+    doubled = set()
+    for layer in sorted(binary, key=lambda layer: (-positions[layer.name], layer.weights)):
+        if layer.weights <= room:
+            room -= layer.weights
+            doubled.add(layer.name)
+    return replace(plan, layers=tuple(replace(p, bases=2) if p.name in doubled else p for p in plan.layers))
+
+
 def operate(
     denoiser: nn.Module, plan: Plan, build: Callable[[LayerPlan, nn.Module], FakeQuantized]
 ) -> dict[str, FakeQuantized]:
@@ -138,6 +168,11 @@ def _outside_paper_coverage(name: str, module: nn.Module, structure: Structure) 
     if isinstance(module, nn.Conv1d):
         return "coverage 'efficientdm' leaves Conv1d attention in floating point"
     return None
+
+
+def _weights(module: nn.Module) -> int:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.numel()
 
 
 def _type_names(module: nn.Module) -> set[str]:

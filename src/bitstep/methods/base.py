@@ -6,20 +6,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
 from bitstep.calls import Call, Pool
+from bitstep.images import TrainingImages
 from bitstep.layers import FakeQuantized
 from bitstep.numerics.uniform import RangeMethod
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.slots import Slot, Variant
 from bitstep.steps import StepCursor
 from bitstep.structure import Structure
-from bitstep.surgery import Coverage, Rule
+from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
 
 Effort = Literal["quick", "standard", "full"]
 
@@ -31,8 +32,12 @@ class Weights(Variant):
     def layer_bits(self, bits: float) -> int:
         """The bits of an ordinary layer for an average of ``bits``; raises ValueError where that cannot be."""
 
+    def refine(self, plan: Plan, structure: Structure, bits: float) -> Plan:
+        """The plan, with what this quantizer does to meet an average of ``bits``."""
+        return plan
+
     @abstractmethod
-    def build(self, weight: Tensor, bits: int) -> WeightQuantizer:
+    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
         """The quantizer of one layer's weight ``[out, in, *kernel]``, its range initialised from the weight."""
 
 
@@ -49,15 +54,19 @@ class UniformWeights(Weights):
             raise ValueError(f"uniform weights take 2 to 8 whole bits, got {bits:g}")
         return int(bits)
 
-    def build(self, weight: Tensor, bits: int) -> WeightQuantizer:
+    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
         source: WeightSource = MergedLoRA(weight, self.rank) if self.rank else DenseWeight(weight)
-        return UniformWeight(source, bits, symmetric=self.symmetric, method=self.range)
+        return UniformWeight(source, layer.weight_bits, symmetric=self.symmetric, method=self.range)
 
 
 class Activations(Slot):
-    """Activation quantizers: one row per key timestep or a single static one, ranges found per (layer, step)."""
+    """Activation quantizers: one row per key timestep or a single static one, ranges found per (layer, step).
+
+    signed: codes symmetric around zero (LSQ), instead of a learned zero point.
+    """
 
     per_step: bool = True
+    signed: bool = False
     range: RangeMethod = "mse"
 
 
@@ -105,7 +114,8 @@ class LearningRates(Slot):
 class Context:
     """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
 
-    ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory.
+    ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory. ``images`` are the training images
+    that the user gave, if any.
     """
 
     teacher: nn.Module
@@ -117,12 +127,17 @@ class Context:
     stream: Callable[[int], Pool]
     folder: Path
     seed: int
+    images: TrainingImages | None = None
 
     def batch(self, pool: Pool, indices: Tensor) -> tuple[Call, Tensor]:
-        """``pool.batch(indices)`` on the student's device, images channels-last (the faster layout of convolutions)."""
-        device = next(self.student.parameters()).device
+        """``pool.batch(indices)`` on the student's device; see :meth:`placed`."""
         call, target = pool.batch(indices)
-        return call.map(lambda _, tensor: _channels_last(tensor).to(device)), target.to(device)
+        return self.placed(call), target.to(next(self.student.parameters()).device)
+
+    def placed(self, call: Call) -> Call:
+        """``call`` on the student's device, images channels-last (the faster layout of convolutions)."""
+        device = next(self.student.parameters()).device
+        return call.map(lambda _, tensor: _channels_last(tensor).to(device))
 
 
 @dataclass(frozen=True)
@@ -142,20 +157,36 @@ def _channels_last(tensor: Tensor) -> Tensor:
 class Objective(Variant):
     """What training minimises."""
 
+    wants_images: ClassVar[bool] = False
+
     @abstractmethod
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         """The units in training order from number ``start`` on; each is asked for when the one before is trained."""
 
 
+class Technique(Variant):
+    """Something that accompanies an objective: a term added to its loss, or a schedule that acts on the layers."""
+
+    @abstractmethod
+    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
+        """``unit`` with the technique in its loss, which stays a function of the iteration and the parameters."""
+
+
 class Phase(Slot):
-    """One stretch of training."""
+    """One stretch of training.
+
+    techniques: applied to every unit of the objective, in this order
+    ema: decay of the exponential moving average of the trained parameters that each unit ends with; 0 for none
+    """
 
     objective: SerializeAsAny[Objective]
+    techniques: tuple[SerializeAsAny[Technique], ...] = ()
     iterations: PositiveInt
     batch_size: PositiveInt
     learning_rates: LearningRates
     decay: Literal["linear", "cosine"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dense_adam: bool = False
     gradient_checkpointing: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,10 @@ def merged_delta(down: Tensor, up: Tensor) -> Tensor:
     """
     delta: Tensor = up @ down.flatten(1)
     return delta.view(len(up), *down.shape[1:])
+
+
+def principal_basis(gram: Tensor, rank: int) -> Tensor:
+    """The ``rank`` leading eigenvectors of a symmetric matrix ``[c, c]``, as float32 columns ``[c, rank]``, the
+    largest eigenvalue first. With gram = F^T F they span what explains most of the features F ``[samples, c]``."""
+    vectors: Tensor = torch.linalg.eigh(gram.double()).eigenvectors
+    return vectors.flip(1)[:, :rank].float()

@@ -9,12 +9,13 @@ on ties. Rounding is to nearest even.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-RangeMethod = Literal["minmax", "mse"]
+RangeMethod = Literal["minmax", "mse", "lsq"]
 
 
 def levels(bits: int) -> int:
@@ -98,10 +99,15 @@ def search_range(
 
     ``minmax`` covers the whole range, from ``low`` to ``high`` ``[rows]`` where ``x`` is but a sample of the values.
     ``mse`` shrinks that range by 80 factors, 1 to 0.21, and keeps per row the one with the least
-    ``sum |x - x_hat|**2.4``, the grid and the norm that the field uses. Symmetric ranges have zero point N/2; a range
-    always contains zero.
+    ``sum |x - x_hat|**2.4``, the grid and the norm that the field uses. ``lsq``, for symmetric ranges only, is the
+    start of LSQ, ``2 mean|x| / sqrt(N/2 - 1)``. Symmetric ranges have zero point N/2; a range always contains zero.
     """
     x = x.detach().float()
+    if method == "lsq":
+        if not symmetric:
+            raise ValueError("the LSQ range is symmetric")
+        scale = 2 * x.abs().mean(1) / math.sqrt(levels(bits) // 2 - 1)
+        return scale.clamp(min=_smallest_scale(bits)), torch.full_like(scale, levels(bits) // 2)
     low = (x.amin(1) if low is None else low).clamp(max=0)
     high = (x.amax(1) if high is None else high).clamp(min=0)
     best_scale, best_zero = _affine(low, high, bits, symmetric)
@@ -122,10 +128,14 @@ def search_range(
 
 
 def _affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    n = levels(bits)
-    tiny = torch.finfo(torch.float32).tiny * n  # an all-zero row still needs a positive scale with a finite reciprocal
+    n, tiny = levels(bits), _smallest_scale(bits)
     if symmetric:
         scale = (torch.maximum(-low, high) / (n / 2 - 0.5)).clamp(min=tiny)
         return scale, torch.full_like(scale, n / 2)
     scale = ((high - low) / (n - 1)).clamp(min=tiny)
     return scale, (-low / scale).round().clamp(0, n - 1)
+
+
+def _smallest_scale(bits: int) -> float:
+    """What an all-zero row gets: positive, with a finite reciprocal."""
+    return torch.finfo(torch.float32).tiny * levels(bits)

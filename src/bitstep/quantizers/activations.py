@@ -15,16 +15,21 @@ class ActivationQuantizer(nn.Module):
 
     Forward: the row of each sample's timestep, then :func:`bitstep.numerics.uniform.fake_quantize`. Scales are learned
     as logarithms (role ``activation_scale``), zero points are rounded with a straight-through gradient (role
-    ``activation_zero_point``). A batch may mix timesteps.
+    ``activation_zero_point``), or fixed for ``signed`` codes (LSQ). A batch may mix timesteps.
     """
 
-    def __init__(self, bits: int, scale: Tensor, zero_point: Tensor, cursor: StepCursor) -> None:
+    def __init__(
+        self, bits: int, scale: Tensor, zero_point: Tensor, cursor: StepCursor, *, signed: bool = False
+    ) -> None:
         super().__init__()
         if len(scale) not in (1, len(cursor.grid)):
             raise ValueError(f"expected 1 or {len(cursor.grid)} rows, got {len(scale)}")
         self.bits, self.cursor = bits, cursor
         self.log_scale = nn.Parameter(scale.log())
-        self.zero_point = nn.Parameter(zero_point.clone())
+        if signed:
+            self.register_buffer("zero_point", zero_point.clone())
+        else:
+            self.zero_point = nn.Parameter(zero_point.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self.tables()

@@ -35,7 +35,8 @@ class Step:
 class TrainingState:
     """Where training stands: the next iteration to run, and the optimizers of the unit being trained.
 
-    ``moments`` are the optimizers' saved tensors, waiting to be taken up when that unit's optimizers are built.
+    ``moments`` are the optimizers' saved tensors, waiting to be taken up when that unit's optimizers are built;
+    ``average`` is the moving average of the unit's trained tensors, if its phase keeps one.
     """
 
     phase: int = 0
@@ -43,6 +44,7 @@ class TrainingState:
     iteration: int = 0
     optimizers: tuple[Optimizer, ...] = ()
     moments: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) -> Iterator[Step]:
@@ -53,8 +55,12 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
     while state.phase < len(phases):
         phase = phases[state.phase]
         for unit in phase.objective.units(context, phase, state.unit):
+            for technique in phase.techniques:
+                unit = technique.applied(unit, context, phase)
             state.optimizers = optimizers(unit.layers, phase)
             restore_moments(state)
+            if phase.ema and not state.average:
+                state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.layers).items()}
             while state.iteration < phase.iterations:
                 schedule = _decay(phase, state.iteration)
                 for optimizer in state.optimizers:
@@ -71,9 +77,13 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
                 loss.backward()
                 for optimizer in state.optimizers:
                     optimizer.step()
+                if phase.ema:
+                    _average(state, unit.layers, phase.ema)
                 state.iteration += 1
                 yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
-            state.unit, state.iteration, state.optimizers = state.unit + 1, 0, ()
+            if phase.ema:
+                load_trained_tensors(unit.layers, state.average)
+            state.unit, state.iteration, state.optimizers, state.average = state.unit + 1, 0, (), {}
         state.phase, state.unit = state.phase + 1, 0
 
 
@@ -145,6 +155,14 @@ def restore_moments(state: TrainingState) -> None:
                 saved["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(saved)
     state.moments = {}
+
+
+@torch.no_grad()
+def _average(state: TrainingState, layers: Mapping[str, FakeQuantized], decay: float) -> None:
+    # early on the average follows quickly, or it would remember the untrained start
+    decay = min(decay, (1 + state.iteration) / (10 + state.iteration))
+    current = trained_tensors(layers)
+    torch._foreach_lerp_(list(state.average.values()), [current[name] for name in state.average], 1 - decay)
 
 
 def _decay(phase: Phase, iteration: int) -> float:

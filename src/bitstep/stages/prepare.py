@@ -34,7 +34,7 @@ def prepare(
     pool: Pool,
     method: Method,
     *,
-    weight_bits: int,
+    weight_bits: float,
     activation_bits: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Student:
@@ -44,26 +44,28 @@ def prepare(
     decided = plan(
         teacher,
         structure,
-        weight_bits=weight_bits,
+        weight_bits=method.weights.layer_bits(weight_bits),
         activation_bits=activation_bits,
         per_step=method.activations.per_step,
         coverage=method.layers.coverage,
         rules=method.layers.rules,
     )
+    decided = method.weights.refine(decided, structure, weight_bits)
     names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
     observed = observe(teacher, pool, names, images=method.calibration.range_images, progress=progress) if names else {}
+    signed = method.activations.signed
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
     def build(layer: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
         weights = method.weights if layer.trained else UniformWeights()
-        weight_quantizer = weights.build(module.weight, layer.weight_bits)
+        weight_quantizer = weights.build(module.weight, layer)
         input_quantizer = None
         if layer.activation_bits is not None:
             scale, zero_point = observed[layer.name].range(
-                layer.activation_bits, method.activations.range, per_step=layer.per_step
+                layer.activation_bits, method.activations.range, per_step=layer.per_step, signed=signed
             )
-            input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor)
+            input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor, signed=signed)
         return FakeQuantized(module, weight_quantizer, input_quantizer).to(device)
 
     student = copy.deepcopy(teacher)

@@ -26,12 +26,12 @@ class Observed:
     low: Tensor
     high: Tensor
 
-    def range(self, bits: int, method: RangeMethod, *, per_step: bool) -> tuple[Tensor, Tensor]:
+    def range(self, bits: int, method: RangeMethod, *, per_step: bool, signed: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero point, ``[T]``, or ``[1]`` for all timesteps together."""
-        if per_step:
-            return search_range(self.values, bits, symmetric=False, method=method, low=self.low, high=self.high)
-        values, low, high = self.values.reshape(1, -1), self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True)
-        return search_range(values, bits, symmetric=False, method=method, low=low, high=high)
+        values, low, high = self.values, self.low, self.high
+        if not per_step:
+            values, low, high = values.reshape(1, -1), low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        return search_range(values, bits, symmetric=signed, method=method, low=low, high=high)
 
 
 @torch.no_grad()

@@ -1,0 +1,278 @@
+"""BinaryDM (arXiv 2404.05662, v1 and the ICLR-2025 text): diffusion models with about one bit a weight.
+
+    W_b = s_1 sign(W) [+ s_2 sign(W - s_1 sign(W))]          learnable multi-basis (LMB) where parameters are sparse
+    L   = L_diffusion + weight * mean_i MSE(F_i^T E_i, F_i^S E_i)      low-rank representation mimicking (LRM)
+
+Layers turn binary one by one, from the middle outward (progressive warm-up). The later text starts with two bases
+everywhere and presses the second to nothing (evolvable basis, EBB). What no paper has is training without data: then
+the diffusion loss is replaced by distillation on the teacher's own trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from bitstep.calls import Call, run
+from bitstep.errors import BitstepError, UsageError
+from bitstep.layers import FakeQuantized
+from bitstep.methods.base import (
+    Activations,
+    Calibration,
+    Context,
+    LearningRates,
+    Method,
+    Objective,
+    Phase,
+    Technique,
+    UniformWeights,
+    Unit,
+    Weights,
+)
+from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.numerics.lowrank import principal_basis
+from bitstep.quantizers.binary import BinaryWeight
+from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
+from bitstep.randomness import draw, generator
+from bitstep.structure import Structure, blocks
+from bitstep.surgery import LayerPlan, Plan, add_bases
+
+Share = Annotated[float, Field(ge=0, le=1)]
+FEATURE_IMAGES = 16
+"""Trajectories whose features, at every timestep, make the bases of low-rank mimicking."""
+
+
+class BinaryWeights(Weights):
+    """One bit a weight. What is asked beyond one bit on average buys second bases (LMB, :func:`add_bases`).
+
+    evolvable: every layer starts with a second basis, for :class:`EvolvableBasis` to take away.
+    Layers that a rule gives more bits are uniform.
+    """
+
+    kind: Literal["binary"] = "binary"
+    evolvable: bool = False
+
+    def layer_bits(self, bits: float) -> int:
+        most = 1 if self.evolvable else 2
+        if not 1 <= bits <= most:
+            raise ValueError(f"binary weights take {'1 bit' if self.evolvable else '1 to 2 bits'}, got {bits:g}")
+        return 1
+
+    def refine(self, plan: Plan, structure: Structure, bits: float) -> Plan:
+        return add_bases(plan, structure, 2 * plan.average_weight_bits if self.evolvable else bits)
+
+    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
+        if layer.weight_bits > 1:
+            return UniformWeights().build(weight, layer)
+        return BinaryWeight(DenseWeight(weight), layer.bases)
+
+
+class DiffusionLoss(Objective):
+    """The loss that diffusion models are trained with, on the user's images; without any, trajectory distillation."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    wants_images: ClassVar[bool] = True
+
+    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        images = context.images
+        if images is None:
+            yield from TrajectoryDistillation().units(context, phase, start)
+            return
+        call, _ = context.pool.batch(torch.zeros(phase.batch_size, dtype=torch.int64))
+        sample_name, timestep_name = _unconditional(call)
+
+        def loss(iteration: int) -> Tensor:
+            indices = draw(len(images), phase.batch_size, context.seed, "images", iteration)
+            sample, timestep, target = images.noised(indices, generator(context.seed, "diffusion", iteration))
+            arguments = {**call.arguments, sample_name: sample, timestep_name: timestep.to(call.timestep.dtype)}
+            output = run(context.student, context.placed(Call(arguments)))[:, : target.shape[1]]
+            return (output.float() - target.to(output.device)).square().mean()
+
+        if start == 0:
+            yield Unit("denoiser", context.layers, loss)
+
+
+class Mimicking(Technique):
+    """Low-rank representation mimicking: the student's block outputs follow the teacher's along their main directions.
+
+    Of every residual, attention or transformer block with c output channels, the ``rank`` * c leading eigenvectors of
+    F^T F, F being teacher features ``[samples and positions, c]`` over all timesteps, are found once and stay.
+    """
+
+    kind: Literal["mimicking"] = "mimicking"
+    weight: NonNegativeFloat = 1e-4
+    rank: Share = 0.25
+
+    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
+        names = [block.name for block in blocks(context.teacher, context.structure) if len(block.layers) > 1]
+        bases = {
+            name: principal_basis(gram, max(1, round(self.rank * len(gram))))
+            for name, gram in feature_grams(context, names).items()
+        }
+
+        def loss(iteration: int) -> Tensor:
+            with _features(context.student, names) as student, _arguments(context.student) as calls:
+                value = unit.loss(iteration)
+            if not calls:
+                raise UsageError("mimicking needs an objective that runs the whole denoiser")
+            args, kwargs = calls[-1]
+            with torch.no_grad(), _features(context.teacher, names) as teacher:
+                context.teacher(*args, **kwargs)
+            terms = [((student[name] - teacher[name]) @ bases[name]).square().mean() for name in names]
+            return value + self.weight * torch.stack(terms).mean()
+
+        return replace(unit, loss=loss)
+
+
+class WarmUp(Technique):
+    """Progressive warm-up: layers turn binary one by one, from the middle of the denoiser outward, then quantize their
+    activations in the same order; all do after ``share`` of the iterations."""
+
+    kind: Literal["warm-up"] = "warm-up"
+    share: Share = 0.5
+
+    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
+        order = outward(unit.layers, context.structure)
+        pace = self.share * phase.iterations / (2 * len(order))  # iterations from one switch to the next
+
+        def loss(iteration: int) -> Tensor:
+            for rank, layer in enumerate(order):
+                layer.quantizes_weight = iteration >= int(pace * rank)
+                layer.quantizes_input = iteration >= int(pace * (len(order) + rank))
+            return unit.loss(iteration)
+
+        return replace(unit, loss=loss)
+
+
+class EvolvableBasis(Technique):
+    """Evolvable basis: the penalty presses the second scales towards zero, ``penalty`` * mean |s_2|; after ``share`` of
+    the iterations the second bases are dropped, and training goes on with one."""
+
+    kind: Literal["evolvable-basis"] = "evolvable-basis"
+    penalty: NonNegativeFloat = 9e-2
+    share: Share = 0.5
+
+    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
+        quantizers = [
+            q for q in (layer.weight_quantizer for layer in unit.layers.values()) if isinstance(q, BinaryWeight)
+        ]
+
+        def loss(iteration: int) -> Tensor:
+            if iteration >= int(self.share * phase.iterations):
+                for quantizer in quantizers:
+                    quantizer.drop_second_basis()
+                return unit.loss(iteration)
+            second = torch.cat([quantizer.second_scale().flatten() for quantizer in quantizers])
+            return unit.loss(iteration) + self.penalty * second.mean()
+
+        return replace(unit, loss=loss)
+
+
+def outward(layers: Mapping[str, FakeQuantized], structure: Structure) -> list[FakeQuantized]:
+    """``layers`` from the middle of the denoiser outward: by distance, in execution order, from the centre of the
+    layers at the lowest resolution (of a UNet its middle block, of a transformer the middle of all)."""
+    place = {info.name: i for i, info in enumerate(structure.layers)}
+    spatial = [info for info in structure.layers if info.sees_sample]
+    lowest = [place[info.name] for info in spatial if info.positions == min(info.positions for info in spatial)]
+    middle = sum(lowest) / len(lowest)
+    return [layers[name] for name in sorted(layers, key=lambda name: abs(place[name] - middle))]
+
+
+@torch.no_grad()
+def feature_grams(context: Context, names: list[str]) -> dict[str, Tensor]:
+    """F^T F ``[c, c]``, float64, of the teacher's output at each named block, summed over positions, samples and all
+    timesteps of the recorded trajectories: one batch of features is in memory at a time."""
+    grams: dict[str, Tensor] = {}
+    for step in range(len(context.pool.timesteps)):
+        call, _ = context.batch(context.pool, context.pool.indices_at(step)[:FEATURE_IMAGES])
+        with _features(context.teacher, names) as features:
+            run(context.teacher, call)
+        for name, feature in features.items():
+            rows = feature.reshape(-1, feature.shape[-1])
+            gram = (rows.T @ rows).double()
+            grams[name] = grams[name] + gram if name in grams else gram
+    return grams
+
+
+@contextmanager
+def _features(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named blocks, channels last, of what runs under this context manager."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            feature = output if isinstance(output, Tensor) else output[0]
+            found[name] = (feature.movedim(1, -1) if feature.ndim == 4 else feature).float()
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(denoiser.get_submodule(name).register_forward_hook(keep(name)).remove)
+        yield found
+
+
+@contextmanager
+def _arguments(denoiser: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of the denoiser's calls under this context manager."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _unconditional(call: Call) -> tuple[str, str]:
+    """Names of the sample and of the timestep, the only tensors of an unconditional denoiser's call."""
+    tensors = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
+    timestep = next(name for name in tensors if call.arguments[name] is call.timestep)
+    if len(tensors) != 2:
+        others = ", ".join(name for name in tensors if name != timestep)
+        raise BitstepError(f"images alone cannot train a conditional denoiser (it takes {others}): leave --data out")
+    return next(name for name in tensors if name != timestep), timestep
+
+
+def _with_techniques(method: Method, *techniques: Technique) -> Phase:
+    (phase,) = method.training
+    return phase.model_copy(update={"techniques": techniques})
+
+
+BINARY_BASELINE = Method(
+    name="binary-baseline",
+    weights=BinaryWeights(),
+    activations=Activations(per_step=False, signed=True, range="lsq"),
+    calibration=Calibration(images=256, steps=100),
+    training=(
+        Phase(
+            objective=DiffusionLoss(),
+            iterations=200_000,
+            batch_size=64,
+            learning_rates=LearningRates(weight=1e-3, weight_scale=1e-3, activation_scale=1e-3),
+        ),
+    ),
+    efforts={},
+)
+"""One basis and the plain loss: what the paper improves on."""
+
+BINARYDM = BINARY_BASELINE.model_copy(
+    update={"name": "binarydm", "training": (_with_techniques(BINARY_BASELINE, WarmUp(), Mimicking()),)}
+)
+
+BINARYDM_EBB = BINARY_BASELINE.model_copy(
+    update={
+        "name": "binarydm-ebb",
+        "weights": BinaryWeights(evolvable=True),
+        "training": (_with_techniques(BINARY_BASELINE, EvolvableBasis(), Mimicking()),),
+    }
+)
