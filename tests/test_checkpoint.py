@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -134,6 +135,14 @@ def test_every_layer_of_a_kernel_can_be_forced(model: UNet2DModel) -> None:
     set_backend(model, "onednn")
     torch.testing.assert_close(output(model), reference, rtol=1e-3, atol=1e-3)
     set_backend(model)
+
+
+def test_a_copy_keeps_its_own_time(model: UNet2DModel) -> None:
+    twin = copy.deepcopy(model)
+    rows = {id(layer.rows) for layer in packed_layers(twin).values()}
+    assert len(rows) == 1
+    assert rows.isdisjoint(id(layer.rows) for layer in packed_layers(model).values())
+    assert torch.equal(output(twin, 777.0), output(model, 777.0))
 
 
 def test_moving_to_another_dtype_is_refused_as_for_every_quantized_model(model: UNet2DModel) -> None:

@@ -43,20 +43,20 @@ def named(backend: str) -> Kernel:
 def set_backend(model: nn.Module, backend: str | None = None) -> None:
     """Choose the kernel of every packed layer of ``model``; ``backend`` forces one kernel by name.
 
-    The weights are re-laid out for it when a layer first runs. BitstepError, with the reason for each layer, when the
-    kernel cannot run them all; the model is then unchanged.
+    The weights are re-laid out for it when a layer first runs. BitstepError, with the reasons and the layers, when
+    the kernel cannot run them all; the model is then unchanged.
     """
     if backend is not None:
         named(backend)
     layers = packed_layers(model)
-    refusals = []
+    refused: dict[str, list[str]] = {}
     for name, layer in layers.items():
         try:
             choose(layer.problem, backend)
         except BitstepError as error:
-            refusals.append(f"{name}: {error}")
-    if refusals:
-        raise BitstepError("; ".join(refusals))
+            refused.setdefault(str(error), []).append(name)
+    if refused:
+        raise BitstepError("; ".join(f"{_first_of(names)}: {why}" for why, names in refused.items()))
     for layer in layers.values():
         layer.choose = partial(choose, backend=backend)
         layer.forget_kernel()
@@ -70,3 +70,7 @@ def kernels_in_use(model: nn.Module) -> dict[str, str]:
 def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
     """The packed layers of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
