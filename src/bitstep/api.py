@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bitstep.errors import UsageError
+from bitstep.run import quantize as quantize
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
 from bitstep.stages.evaluate import evaluate as _evaluate
@@ -21,12 +22,6 @@ from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
 from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save
 from bitstep.stages.sample import sample as _sample
-
-
-def quantize(*args: Any, **kwargs: Any) -> Path:
-    from bitstep.run import quantize
-
-    return quantize(*args, **kwargs)
 
 
 def sample(
@@ -96,13 +91,13 @@ def evaluate(
     )
 
 
-def demo(out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Quantize ``demo:fruits32`` to W4A4 by rounding and with EfficientDM, and compare both on the same noise.
 
     Returns ``rows`` (model, PSNR, SSIM, bytes on disk, minutes) and the path of the ``picture``.
     """
     source, folder, bits = "demo:fruits32", Path(out), "W4A4"
-    reference = sample(source, progress=progress)
+    reference = sample(source)
     panels = {"full precision": reference}
     rows: list[dict[str, Any]] = []
     for recipe in ("minmax", "efficientdm"):
@@ -117,7 +112,7 @@ def demo(out: str | Path, *, overwrite: bool = False, progress: Progress | None 
             progress=progress,
         )
         minutes = (time.monotonic() - start) / 60
-        panels[f"{recipe} {bits}"] = images = sample(packed, progress=progress)
+        panels[f"{recipe} {bits}"] = images = sample(packed)
         facts = inspect(packed)
         rows.append(
             {"recipe": recipe, "bits": bits, **paired(images, reference)}

@@ -25,7 +25,7 @@ from rich.table import Table
 from bitstep import __version__
 from bitstep.errors import BitstepError, UsageError
 
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -89,7 +89,7 @@ def quantize(
         effort=effort,
         overrides=set_ or (),
         data=data,
-        prompts=_lines(prompts),
+        prompts=prompts,
         seed=seed,
         device=device,
         resume=resume,
@@ -234,7 +234,7 @@ def demo(
     """Quantize the small model that comes with the package to W4A4, and show what that did to its pictures."""
     from bitstep import api
 
-    result = api.demo(out, overwrite=overwrite)
+    result = api.demo(out, overwrite=overwrite, progress=True)
     _print_rows(result["rows"])
     print(f"picture: {result['picture']}")
 
@@ -247,12 +247,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _quieten_libraries()
     try:
         code = app([argument for argument in arguments if argument != "--verbose"], standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", INTERRUPTED)
     except Exception as error:
         if verbose:
             traceback.print_exc()
         _fail(*_explain(error))
+    if code == INTERRUPTED:
+        _fail("interrupted", code)
     sys.exit(code or 0)
 
 
@@ -308,7 +308,9 @@ def _print(numbers: Mapping[str, Any]) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(*(name.replace("_", " ") for name in rows[0]))
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(_show(value) for value in row.values()))
     Console().print(table)

@@ -16,12 +16,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -30,7 +29,7 @@ from bitstep.calls import Pool, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import kernels_in_use, set_backend
 from bitstep.stages.calibrate import record
-from bitstep.stages.inspect import architecture, component_folder, packed_manifest
+from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import load
 from bitstep.stages.sample import Progress
 from bitstep.steps import TIMESTEP_NAMES
@@ -65,7 +64,9 @@ def benchmark(
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
         tasks = [Task(name, component, calls, backend, device) for name in (PACKED, *dict.fromkeys(against))]
-        workers = [stack.enter_context(_Worker(task)) for task in tasks]
+        workers = [stack.enter_context(closing(_Worker(task))) for task in tasks]
+        for worker in workers:
+            worker.wait()
         for done in range(rounds):
             for worker in workers:
                 worker.time()
@@ -101,8 +102,9 @@ class _Worker:
     def __init__(self, task: Task) -> None:
         self.name = task.name
         self.times: list[float] = []
+        self.kernels: dict[str, str] = {}
         self._peak = 0.0
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed by __exit__
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bitstep.stages.benchmark", json.dumps(asdict(task))],
             stdin=subprocess.PIPE,
@@ -111,11 +113,11 @@ class _Worker:
             text=True,
         )
 
-    def __enter__(self) -> Self:
-        self.kernels: dict[str, str] = self._answer()["kernels"]
-        return self
+    def wait(self) -> None:
+        """Until it is ready."""
+        self.kernels = self._answer()["kernels"]
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._process.communicate()  # closes its stdin, upon which it ends
         self._stderr.close()
 
@@ -173,7 +175,7 @@ def _work(task: Task) -> None:
 def _model(task: Task) -> ModelMixin:
     component = Path(task.component)
     if task.name == PACKED:
-        model = getattr(diffusers, ModelMixin.load_config(component)["_class_name"]).from_pretrained(component)
+        model = model_class(component).from_pretrained(component)
         set_backend(model, task.backend)
     else:
         torch.set_default_dtype(DTYPES[task.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,18 @@ def component_folder(source: Source) -> Path:
     return folder / source.component if (folder / source.component).is_dir() else folder
 
 
+def model_class(component: Path) -> type[ModelMixin]:
+    """The class of the model in the folder ``component``."""
+    found: type[ModelMixin] = getattr(diffusers, _config(component)["_class_name"])
+    return found
+
+
 def architecture(component: Path) -> ModelMixin:
     """A full-precision model of the architecture that the folder ``component`` describes, its weights random."""
-    config = ModelMixin.load_config(component)
-    config.pop("quantization_config", None)
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    config = {key: value for key, value in _config(component).items() if key != "quantization_config"}
+    return model_class(component).from_config(config)
+
+
+def _config(component: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((component / "config.json").read_text())
+    return config

@@ -1,0 +1,44 @@
+"""Fixtures shared by the tests of the stages and of the command line."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from packed import random_model
+from pipelines import build
+
+
+@pytest.fixture(scope="session")
+def packed_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline, its denoiser packed at random to W4A4."""
+    folder = tmp_path_factory.mktemp("packed") / "tiny-w4a4"
+    pipeline = build("ddim")
+    pipeline.register_modules(unet=random_model(pipeline.unet))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same tiny pipeline in full precision."""
+    folder = tmp_path_factory.mktemp("plain") / "tiny"
+    build("ddim").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def feature_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TorchScript file: images [N, 3, H, W] -> means and deviations of their channels [N, 6]."""
+
+    class Moments(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+    path = tmp_path_factory.mktemp("features") / "moments.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which users' networks still come in
+        torch.jit.trace(Moments(), torch.zeros(2, 3, 8, 8)).save(str(path))
+    return path

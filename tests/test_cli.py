@@ -1,0 +1,172 @@
+"""The command line: exit codes, one-line errors, quick help, and each verb through its front door."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bitstep as bitstep_package
+from bitstep import api, cli
+from bitstep.errors import BitstepError
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def bitstep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(cli, "_quieten_libraries", lambda: None)  # it is for a process, not for a test among others
+
+    def run(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def errors(outcome: Outcome) -> list[str]:
+    return [line for line in outcome.err.splitlines() if line.startswith("bitstep: error:")]
+
+
+def test_sample(bitstep, plain_pipeline: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "images.npz"
+    outcome = bitstep("sample", plain_pipeline, "--num", 3, "--steps", 2, "--seed", 1, "--out", out)
+    assert outcome.code == 0
+    assert np.load(out)["images"].shape == (3, 8, 8, 3)
+
+
+def test_inspect_json(bitstep, packed_pipeline: Path) -> None:  # type: ignore[no-untyped-def]
+    outcome = bitstep("inspect", packed_pipeline, "--json")
+    assert outcome.code == 0
+    assert {"average_weight_bits", "size_bytes", "compression", "ops_saving", "layers"} <= json.loads(
+        outcome.out
+    ).keys()
+    assert "conv_in" in bitstep("inspect", packed_pipeline).out
+
+
+def test_evaluate_json(bitstep, packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "numbers.json"
+    options = ("--num", 2, "--steps", 2, "--json", file)
+    assert bitstep("evaluate", packed_pipeline, "--against", plain_pipeline, *options).code == 0
+    keys = {"psnr", "ssim", "step_error", "frechet_distance", "features", "num_images"}
+    assert keys <= json.loads(file.read_text()).keys()
+
+
+@pytest.mark.parametrize("against", [["--against", "fp32", "bf16"], ["--against", "fp32", "--against", "bf16"]])
+def test_benchmark_takes_several_precisions(
+    bitstep,
+    against: list[str],
+    packed_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
+) -> None:
+    asked = {}
+
+    def benchmark(directory: Path, **options: object) -> dict[str, object]:
+        asked.update(options)
+        return {"rows": [{"name": "packed", "median_ms": 1.5}], "kernels": {"reference": 3}}
+
+    monkeypatch.setattr(api, "benchmark", benchmark)
+    outcome = bitstep("benchmark", packed_pipeline, *against, "--json", tmp_path / "numbers.json")
+    assert outcome.code == 0
+    assert list(asked["against"]) == ["fp32", "bf16"]
+    assert json.loads((tmp_path / "numbers.json").read_text())["rows"][0]["median_ms"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "demo:fruits32"], 2, "Missing option '--out'"),
+        (["paint"], 2, "No such command 'paint'"),
+        (["sample", "demo:fruits32", "--num", "0", "--out", "a.png"], 2, "'--num'"),
+        (["sample", "demo:fruits32", "--out", "a.gif"], 2, "expected a name that ends in .png or .npz"),
+        (["sample", "nowhere", "--out", "a.png"], 1, "nowhere does not exist"),
+        (["benchmark", "folder", "fp32"], 2, "unexpected argument 'fp32'"),
+        (["quantize", "demo:fruits32", "--recipe", "efficentdm", "--out", "out"], 2, "efficientdm"),
+        (["quantize", "demo:fruits32", "--bits", "W9A4", "--out", "out"], 2, "W9A4"),
+        (["quantize", "demo:fruits32", "--set", "trainig.0.iterations=3", "--out", "out"], 2, "trainig"),
+    ],
+)
+def test_errors_are_one_line(  # type: ignore[no-untyped-def]
+    bitstep, arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = bitstep(*arguments)
+    assert outcome.code == code
+    assert len(outcome.err.splitlines()) == 1
+    assert message in errors(outcome)[0]
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BitstepError("two\nlines"), 1, "two lines"),
+        (OSError(28, "No space left on device", "grid.png"), 1, "No space left on device: grid.png"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (--verbose shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_failures(  # type: ignore[no-untyped-def]
+    bitstep, error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "sample", fail)
+    outcome = bitstep("sample", "demo:fruits32", "--out", "a.png")
+    assert (outcome.code, outcome.err) == (code, f"bitstep: error: {message}\n")
+    if not isinstance(error, KeyboardInterrupt):
+        verbose = bitstep("sample", "demo:fruits32", "--out", "a.png", "--verbose")
+        assert "Traceback" in verbose.err
+        assert verbose.code == code
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["quantize"]])
+def test_help_and_usage_errors_do_not_import_torch(arguments: list[str]) -> None:
+    script = f"""
+import sys
+from bitstep.cli import main
+try:
+    main({arguments})
+finally:
+    assert not {{"torch", "diffusers"}} & sys.modules.keys()
+"""
+    start = time.monotonic()
+    done = run_python(script)
+    assert done.returncode == (2 if arguments == ["quantize"] else 0), done.stderr
+    assert "Assertion" not in done.stderr
+    assert time.monotonic() - start < 10  # a loaded machine; alone it is a fraction of a second
+
+
+@pytest.mark.parametrize("order", ["import bitstep, diffusers", "import diffusers, bitstep"])
+def test_plain_diffusers_loads_packed_folders(order: str, packed_pipeline: Path) -> None:
+    script = f"""
+{order}
+pipeline = diffusers.DiffusionPipeline.from_pretrained({str(packed_pipeline)!r})
+print(type(pipeline.unet.conv_in).__name__)
+"""
+    done = run_python(script)
+    assert done.stdout == "PackedConv2d\n", done.stderr
+
+
+def test_the_package_offers_the_verbs() -> None:
+    assert bitstep_package.sample is api.sample
+    assert {"quantize", "load", "inspect", "evaluate", "benchmark"} <= set(dir(bitstep_package))
+    with pytest.raises(AttributeError, match="no attribute 'dance'"):
+        _ = bitstep_package.dance

@@ -1,0 +1,69 @@
+"""Evaluation: models against models on the same noise, models against images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitstep import api
+from bitstep.calls import run
+from bitstep.errors import BitstepError, UsageError
+from bitstep.metrics import frechet_distance, psnr
+from bitstep.stages.calibrate import stream
+from bitstep.stages.evaluate import extract, load_features, step_error
+from bitstep.stages.sample import save
+
+SAMPLING = {"num": 4, "steps": 3, "seed": 5}
+
+
+def test_a_model_equals_itself(plain_pipeline: Path, feature_network: Path) -> None:
+    numbers = api.evaluate(plain_pipeline, against=plain_pipeline, features=feature_network, **SAMPLING)
+    assert numbers["psnr"] is None  # infinite
+    assert numbers["step_error"] == [0, 0, 0]
+    assert numbers["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert numbers["timesteps"] == sorted(numbers["timesteps"], reverse=True)
+    assert (numbers["num_images"], numbers["steps"], numbers["seed"]) == (4, 3, 5)
+    assert numbers["features"] == "moments"
+
+
+def test_numbers_are_those_of_the_sampled_images(
+    packed_pipeline: Path, plain_pipeline: Path, feature_network: Path
+) -> None:
+    numbers = api.evaluate(packed_pipeline, against=plain_pipeline, features=feature_network, **SAMPLING)
+    packed, plain = (api.sample(folder, **SAMPLING) for folder in (packed_pipeline, plain_pipeline))
+    assert numbers["psnr"] == pytest.approx(psnr(packed, plain))
+    network = load_features(feature_network)
+    expected = frechet_distance(extract(network, packed, 2), extract(network, plain, 3))
+    assert numbers["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_step_error_uses_the_references_own_inputs(packed_pipeline: Path, plain_pipeline: Path) -> None:
+    packed, plain = api.load(packed_pipeline), api.load(plain_pipeline)
+    errors = step_error(packed, plain, images=3, batch_size=2, steps=3, seed=0)
+    (pool,) = stream(plain, images=3, batch_size=3, steps=3, seed=0)
+    middle = pool.timesteps[1].item()
+    call, expected = pool.batch(pool.indices_at(1))
+    error = (run(packed.denoiser, call) - expected).square().sum() / expected.square().sum()
+    assert errors[middle] == pytest.approx(error.item(), rel=1e-3)
+    assert len(errors) == 3
+
+
+def test_against_images(plain_pipeline: Path, feature_network: Path, tmp_path: Path) -> None:
+    images = tmp_path / "real.npz"
+    save(api.sample(plain_pipeline, **SAMPLING), images)
+    numbers = api.evaluate(plain_pipeline, against=images, features=feature_network, **SAMPLING)
+    assert numbers["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert numbers["psnr"] is numbers["ssim"] is numbers["step_error"] is None
+
+
+def test_bad_input(plain_pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no feature network"):
+        api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("text")
+    with pytest.raises(BitstepError, match="expected a TorchScript network"):
+        api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "text.pt")
+    with pytest.raises(UsageError, match="--tile"):
+        api.evaluate(plain_pipeline, against=plain_pipeline, tile=32)

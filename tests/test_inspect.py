@@ -1,0 +1,69 @@
+"""What `inspect` says of a packed model, and the benchmark of one."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import pytest
+from packed import random_model
+from pipelines import build
+
+from bitstep import api
+from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.dispatch import packed_layers
+
+
+def test_sizes_and_operations(packed_pipeline: Path) -> None:
+    facts = api.inspect(packed_pipeline)
+    unet = build("ddim").unet
+    macs = sum(layer["macs"] for layer in facts["layers"])
+    assert facts["average_weight_bits"] == 4
+    assert facts["full_precision_bytes"] == 4 * sum(p.numel() for p in unet.parameters())
+    assert facts["size_bytes"] == (packed_pipeline / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert facts["compression"] == facts["full_precision_bytes"] / facts["size_bytes"]
+    assert facts["flops"] == macs
+    assert facts["bops"] == 16 * macs
+    assert facts["ops"] == 16 * macs / 64
+    assert facts["ops_saving"] == 4
+    assert facts["macs_quantized"] == 1
+    kinds = {layer["name"]: layer["kind"] for layer in facts["layers"]}
+    assert kinds["conv_in"] == "conv2d"
+    assert kinds["time_embedding.linear_1"] == "linear"
+    assert all(layer["kernel"] for layer in facts["layers"])
+
+
+def test_floating_point_activations_count_as_flops(tmp_path: Path) -> None:
+    unet = random_model(build("ddim").unet, 1, None, bases=2)
+    unet.save_pretrained(tmp_path)
+    facts = api.inspect(tmp_path)  # a single component
+    assert facts["average_weight_bits"] == 2  # one bit in each of two bases
+    assert facts["bops"] == 0
+    assert facts["ops"] == facts["flops"]
+    weights = sum(prod(layer.weight_shape) for layer in packed_layers(unet).values())
+    assert facts["size_bytes"] > 2 * weights / 8
+
+
+def test_a_pipeline_that_is_not_packed_is_refused(plain_pipeline: Path) -> None:
+    with pytest.raises(BitstepError, match="is not packed: expected a folder written by `bitstep quantize`"):
+        api.inspect(plain_pipeline)
+    with pytest.raises(BitstepError, match="is not packed"):
+        api.benchmark(plain_pipeline)
+
+
+def test_benchmark_times_each_in_its_own_process(packed_pipeline: Path) -> None:
+    numbers = api.benchmark(packed_pipeline, against=["fp32"], rounds=2, batch_size=2)
+    packed, full = numbers["rows"]
+    assert (packed["name"], full["name"]) == ("packed", "fp32")
+    assert full["ratio_to_fp32"] == 1
+    assert packed["median_ms"] > 0
+    assert packed["peak_memory_mb"] > 50  # a Python with torch
+    assert numbers["layers"].keys() == packed_layers(api.load(packed_pipeline).denoiser).keys()
+    assert sum(numbers["kernels"].values()) == len(numbers["layers"])
+
+
+def test_a_benchmark_that_cannot_run_says_why(packed_pipeline: Path) -> None:
+    with pytest.raises(UsageError, match="unknown precision fp64"):
+        api.benchmark(packed_pipeline, against=["fp64"])
+    with pytest.raises(BitstepError, match=r"the benchmark of packed failed: .*no backend named 'abacus'"):
+        api.benchmark(packed_pipeline, against=[], backend="abacus")

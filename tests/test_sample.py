@@ -1,0 +1,117 @@
+"""Samples: the same image for the same number whatever the batch, and images to files and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import build
+from torch import nn
+
+from bitstep import api
+from bitstep.errors import BitstepError, UsageError
+from bitstep.stages.sample import default_steps, grid, holds_images, read, sample, save
+
+
+def numbered(count: int) -> torch.Tensor:
+    """Images 4 pixels wide and 3 high, each of one colour."""
+    colours = torch.arange(1, 3 * count + 1, dtype=torch.uint8).reshape(count, 1, 1, 3)
+    return colours.expand(count, 3, 4, 3).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])  # ddpm adds noise at every step
+def test_an_image_does_not_depend_on_its_batch(kind: str) -> None:
+    pipeline = build(kind)
+    together = sample(pipeline, num=5, batch_size=5, steps=3, seed=7)
+    apart = sample(pipeline, num=5, batch_size=2, steps=3, seed=7)
+    assert together.dtype == torch.uint8
+    assert together.shape == (5, 8, 8, 3)
+    assert (together.int() - apart.int()).abs().max() <= 1
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, sample(pipeline, num=5, batch_size=5, steps=3, seed=8))
+
+
+def test_a_packed_pipeline_starts_from_the_same_noise(packed_pipeline: Path, plain_pipeline: Path) -> None:
+    noise: dict[Path, torch.Tensor] = {}
+    for folder in (packed_pipeline, plain_pipeline):
+        model = api.load(folder)
+
+        def keep_first(_: nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path = folder) -> None:
+            noise.setdefault(folder, inputs[0].clone())
+
+        model.denoiser.register_forward_pre_hook(keep_first)
+        sample(model.pipeline, num=2, batch_size=2, steps=2, seed=0)
+    assert torch.equal(noise[packed_pipeline], noise[plain_pipeline])
+
+
+def test_the_forced_backend_is_the_one_that_runs(packed_pipeline: Path) -> None:
+    default = api.sample(packed_pipeline, num=2, steps=2)
+    reference = api.sample(packed_pipeline, num=2, steps=2, backend="reference")
+    assert (default.int() - reference.int()).abs().float().mean() < 1
+    with pytest.raises(BitstepError, match="no backend named 'abacus'"):
+        api.sample(packed_pipeline, num=1, steps=1, backend="abacus")
+
+
+def test_steps_default_to_the_pipelines_own() -> None:
+    assert default_steps(build("ddim")) == 50
+    assert default_steps(build("ddpm")) == 1000
+
+
+def test_a_grid_is_row_major_and_padded_with_white() -> None:
+    picture = np.asarray(grid(numbered(5)))  # 3 columns, 2 rows
+    assert picture.shape == (6, 12, 3)
+    assert picture[0, 8].tolist() == [7, 8, 9]  # image 2
+    assert picture[3, 4].tolist() == [13, 14, 15]  # image 4
+    assert picture[3, 8].tolist() == [255, 255, 255]
+
+
+def test_npz_round_trip(tmp_path: Path) -> None:
+    images = numbered(4)
+    save(images, tmp_path / "deep" / "images.npz")
+    assert torch.equal(read(tmp_path / "deep" / "images.npz"), images)
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["images.npz"]
+
+
+def test_mosaics_are_cut_row_by_row(tmp_path: Path) -> None:
+    tiles = numbered(6)[:, :, :3]  # square
+    grid(tiles, columns=3).save(tmp_path / "mosaic.webp", lossless=True)
+    assert holds_images(tmp_path)
+    assert torch.equal(read(tmp_path, tile=3), tiles)
+    with pytest.raises(BitstepError, match="no mosaic of 4x4 tiles"):
+        read(tmp_path, tile=4)
+
+
+def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    for size in (4, 5):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
+    with pytest.raises(BitstepError, match="differ in size"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"not an archive", None])
+def test_a_damaged_npz_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "images.npz"
+    if content is None:
+        np.savez(path, images=np.zeros((2, 3), np.float32))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(BitstepError, match=r"images\.npz"):
+        read(path)
+
+
+def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\.png or \.npz"):
+        api.sample("a source that does not exist", out=tmp_path / "images.gif")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        save(numbered(1), tmp_path / "images.npz")
+    assert not list(tmp_path.iterdir())
