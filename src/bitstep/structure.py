@@ -31,7 +31,8 @@ class LayerInfo:
     """One executed Linear, Conv1d or Conv2d. MACs are multiply-accumulates of one sample, over all its ``runs``.
 
     input_shape and output_shape are those of the first run, the batch included; ``positions`` is how often the weight
-    is applied per sample in that run (output pixels or tokens).
+    is applied per sample in that run (output pixels or tokens). ``parts`` are the channels of each tensor that was
+    concatenated into the layer's input directly before it; empty for any other input.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerInfo:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     positions: int
+    parts: tuple[int, ...]
     sees_sample: bool
     sees_timestep: bool
 
@@ -160,17 +162,23 @@ def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
     return tuple(Block(path, tuple(innermost.get(path, [path]))) for path in ordered)
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of a layer's input along which its input channels lie."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
 @dataclass(frozen=True)
 class _Run:
     """One execution of a layer; the checksum tells whether its input was the same in another forward."""
 
     input_shape: torch.Size
     output_shape: torch.Size
+    parts: tuple[int, ...]
     checksum: tuple[float, float]
 
 
 class _Observation(TorchFunctionMode):
-    """What happened in one forward, filled in by hooks; as a mode, it sees the calls of attention."""
+    """What happened in one forward, filled in by hooks; as a mode, it sees attention and concatenations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +186,7 @@ class _Observation(TorchFunctionMode):
         self.attention: dict[str, list[tuple[torch.Size, torch.Size, torch.Size]]] = {}
         self.last = ""
         self._running: list[str] = []
+        self._concatenated: dict[int, tuple[Tensor, list[Tensor], int]] = {}  # holding a tensor keeps its id its own
 
     def enter(self, name: str, *_: Any) -> None:
         self._running.append(name)
@@ -185,11 +194,16 @@ class _Observation(TorchFunctionMode):
     def leave(self, *_: Any) -> None:
         self._running.pop()
 
-    def layer_ran(self, name: str, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def layer_ran(self, name: str, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         x = args[0].double()
         checksum = x.sum().item(), x.square().sum().item()
-        self.layers.setdefault(name, []).append(_Run(x.shape, output.shape, checksum))
+        parts = self._parts(args[0], channel_axis(layer))
+        self.layers.setdefault(name, []).append(_Run(x.shape, output.shape, parts, checksum))
         self.last = name
+
+    def _parts(self, x: Tensor, axis: int) -> tuple[int, ...]:
+        _, tensors, dim = self._concatenated.get(id(x), (x, [], axis))
+        return tuple(tensor.shape[axis] for tensor in tensors) if dim % x.ndim == axis % x.ndim else ()
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -199,7 +213,11 @@ class _Observation(TorchFunctionMode):
             operands = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
             query, key, value = (operand.shape for operand in operands[:3])
             self.attention.setdefault(self._running[-1], []).append((query, key, value))
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function in (torch.cat, torch.concat, torch.concatenate):
+            tensors = args[0] if args else kwargs["tensors"]
+            self._concatenated[id(result)] = result, list(tensors), kwargs.get("dim", (*args, 0)[1])
+        return result
 
 
 @contextmanager
@@ -236,6 +254,7 @@ def _layer_info(
         input_shape=tuple(runs[0].input_shape),
         output_shape=tuple(runs[0].output_shape),
         positions=positions[0] // batch,
+        parts=runs[0].parts,
         sees_sample=sees_sample,
         sees_timestep=sees_timestep,
     )

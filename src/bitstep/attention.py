@@ -1,0 +1,76 @@
+"""Attention with its operands in reach: scaled dot-product attention, intercepted in the modules that compute it.
+
+Whatever a module is called, it computes attention by torch's ``scaled_dot_product_attention``. :func:`intercept`
+replaces that call, in one module and while it runs, by :func:`attention`, which hands each operand to a function that
+may observe or quantize it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+OPERANDS = ("query", "key", "value", "probability")
+
+Transform = Callable[[str, Tensor], Tensor]
+"""``transform(operand, tensor) -> tensor`` for each of :data:`OPERANDS`: ``[batch, heads, tokens, width]``, and
+``[batch, heads, queries, keys]`` for the probabilities that softmax returns."""
+
+
+def attention(
+    transform: Transform,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` of transformed operands, as plain matrix products."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    query, key, value = transform("query", query), transform("key", key), transform("value", value)
+    logits = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    probability = torch.dropout(logits.softmax(-1), dropout_p, train=dropout_p > 0)
+    return transform("probability", probability) @ value
+
+
+def intercept(module: nn.Module, transform: Transform) -> tuple[RemovableHandle, RemovableHandle]:
+    """Replace every call of ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it."""
+    running: list[_Interception] = []
+
+    def enter(*_: Any) -> None:
+        running.append(_Interception(transform))
+        running[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+
+
+class _Interception(TorchFunctionMode):
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self._replacement = partial(attention, transform)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is nn.functional.scaled_dot_product_attention:
+            function = self._replacement
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,81 @@
+"""Weight dilation: input channels that do not set the weight range are stretched until they do (arXiv 2409.14307).
+
+    Y = (X / s) (s W),   s >= 1 per input channel
+
+Every output channel keeps its largest and smallest weight, hence its step size, while the weights below them use more
+of the grid and the input they meet shrinks. The variance of the rounding error of one output is
+
+    d_x'^2 / 12 * sum_k s_k^2 |W_k|^2  +  sum_k d_w^2 / 12 * E[x_k^2] / s_k^2
+
+The second term always falls. The first rises when a channel that cannot be stretched sets the range of x, and with it
+the step d_x': :func:`range_aware` therefore stretches no further than the range of x can follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CAP = 16.0
+"""The most a channel is stretched: one with hardly any weight would otherwise be shrunk to nothing."""
+
+
+@dataclass(frozen=True)
+class DilationStatistics:
+    """What dilation did to one layer.
+
+    unsaturated: share of input channels that were stretched
+    median: of s, over all input channels
+    range_shrink: range of the input after, over range before; 1 when nothing is gained
+    """
+
+    unsaturated: float
+    median: float
+    range_shrink: float
+
+
+def dilation(weight: Tensor, groups: int = 1, *, symmetric: bool = False, cap: float = CAP) -> Tensor:
+    """The largest s, float32 ``[in]``, 1 <= s <= ``cap``, that widens the range of no output channel of ``weight``.
+
+    weight: ``[out, in / groups, *kernel]``. With hi_o and lo_o the ends of the range of output channel o,
+
+        s_k = min over o and the kernel of  hi_o / w  where w > 0,  lo_o / w  where w < 0
+
+    The paper's rule takes the largest and the smallest weight for them; a ``symmetric`` range ends at plus and minus
+    the largest magnitude, which leaves more room.
+    """
+    w = weight.detach().float().reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    high, low = w.amax((2, 3), keepdim=True), w.amin((2, 3), keepdim=True)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    room = torch.where(w > 0, high / w, low / w)
+    return room.masked_fill_(w == 0, torch.inf).amin((1, 3)).flatten().clamp(1, cap)
+
+
+def range_aware(scale: Tensor, channel_range: Tensor) -> Tensor:
+    """``scale`` ``[in]``, reduced in the channels where that leaves the range of x / s as small as it can get.
+
+    channel_range: largest magnitude of every input channel, ``[in]``.
+    """
+    reachable = (channel_range / scale).max().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.minimum((channel_range / reachable).clamp(min=1), scale)
+
+
+def stretch(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
+    """``weight`` ``[out, in / groups, *kernel]`` times ``scale`` ``[in]`` along its input channels."""
+    per_group = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+    return (weight.unflatten(0, (groups, -1)) * per_group).flatten(0, 1)
+
+
+def statistics(scale: Tensor, channel_range: Tensor) -> DilationStatistics:
+    """What dividing an input of that ``channel_range`` ``[in]`` by ``scale`` ``[in]`` gains."""
+    before = channel_range.max()
+    after = (channel_range / scale).max()
+    return DilationStatistics(
+        unsaturated=float((scale > 1).float().mean()),
+        median=float(scale.median()),
+        range_shrink=float(after / before) if before > 0 else 1.0,
+    )
