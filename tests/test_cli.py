@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +19,18 @@ from bitstep import api, cli
 from bitstep.errors import BitstepError
 
 
+@dataclass(frozen=True)
 class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def bitstep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def bitstep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(cli, "_quieten_libraries", lambda: None)  # it is for a process, not for a test among others
 
     def run(*arguments: str | Path) -> Outcome:
@@ -39,14 +47,14 @@ def errors(outcome: Outcome) -> list[str]:
     return [line for line in outcome.err.splitlines() if line.startswith("bitstep: error:")]
 
 
-def test_sample(bitstep, plain_pipeline: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_sample(bitstep: Run, plain_pipeline: Path, tmp_path: Path) -> None:
     out = tmp_path / "images.npz"
     outcome = bitstep("sample", plain_pipeline, "--num", 3, "--steps", 2, "--seed", 1, "--out", out)
     assert outcome.code == 0
     assert np.load(out)["images"].shape == (3, 8, 8, 3)
 
 
-def test_inspect_json(bitstep, packed_pipeline: Path) -> None:  # type: ignore[no-untyped-def]
+def test_inspect_json(bitstep: Run, packed_pipeline: Path) -> None:
     outcome = bitstep("inspect", packed_pipeline, "--json")
     assert outcome.code == 0
     assert {"average_weight_bits", "size_bytes", "compression", "ops_saving", "layers"} <= json.loads(
@@ -55,7 +63,7 @@ def test_inspect_json(bitstep, packed_pipeline: Path) -> None:  # type: ignore[n
     assert "conv_in" in bitstep("inspect", packed_pipeline).out
 
 
-def test_evaluate_json(bitstep, packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_evaluate_json(bitstep: Run, packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
     options = ("--num", 2, "--steps", 2, "--json", file)
     assert bitstep("evaluate", packed_pipeline, "--against", plain_pipeline, *options).code == 0
@@ -65,13 +73,13 @@ def test_evaluate_json(bitstep, packed_pipeline: Path, plain_pipeline: Path, tmp
 
 @pytest.mark.parametrize("against", [["--against", "fp32", "bf16"], ["--against", "fp32", "--against", "bf16"]])
 def test_benchmark_takes_several_precisions(
-    bitstep,
+    bitstep: Run,
     against: list[str],
     packed_pipeline: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def benchmark(directory: Path, **options: object) -> dict[str, object]:
         asked.update(options)
@@ -98,8 +106,8 @@ def test_benchmark_takes_several_precisions(
         (["quantize", "demo:fruits32", "--set", "trainig.0.iterations=3", "--out", "out"], 2, "trainig"),
     ],
 )
-def test_errors_are_one_line(  # type: ignore[no-untyped-def]
-    bitstep, arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_errors_are_one_line(
+    bitstep: Run, arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     outcome = bitstep(*arguments)
@@ -118,9 +126,7 @@ def test_errors_are_one_line(  # type: ignore[no-untyped-def]
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_failures(  # type: ignore[no-untyped-def]
-    bitstep, error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures(bitstep: Run, error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

@@ -1,0 +1,288 @@
+"""What quantization costs in quality: a table of recipes x bits x seeds on one source.
+
+Every row is quantized by the command line in a process of its own (so that its time and peak memory are its own),
+sampled on noise that no quantization has seen, and compared with the full-precision model's images on that noise and
+with real images. Rows are saved as they are finished; run again, the script goes on with those that are missing, and
+writes the table into the page.
+
+    python benchmarks/quality.py
+    python benchmarks/quality.py --recipes efficientdm --bits W4A4 --seeds 0 1 2 --set weights.rank=8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import bitstep
+from bitstep.metrics import frechet_distance, psnr, ssim
+from bitstep.stages.evaluate import extract, load_features
+from bitstep.stages.sample import read, save
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+SAMPLE_SEED = 1_000_003  # quantization draws its trajectories from other seeds
+BATCH = 64
+FULL_PRECISION = "full precision"
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "recipe": lambda row: row["recipe"],
+    "bits": lambda row: row["bits"],
+    "effort": lambda row: row["effort"],
+    "seed": lambda row: "-" if row["seed"] is None else str(row["seed"]),
+    "overrides": lambda row: " ".join(row["overrides"]),
+    "PSNR (dB)": lambda row: _number(row["psnr"], 1),
+    "SSIM": lambda row: _number(row["ssim"], 3),
+    "Fréchet distance to full precision": lambda row: _number(row["frechet_distance_full_precision"], 1),
+    "Fréchet distance to real images": lambda row: _number(row["frechet_distance_real"], 1),
+    "minutes": lambda row: _number(row["minutes"], 1),
+    "peak memory (MB)": lambda row: _number(row["peak_memory_mb"], 0),
+    "MB on disk": lambda row: _number(row["size_mb"], 2),
+    "MACs quantized": lambda row: "-" if row["coverage"] is None else f"{row['coverage']:.1%}",
+}
+CONSTANT = ("effort", "seed", "overrides")  # go into the caption where all rows agree
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a row is about: the arguments of ``bitstep quantize``."""
+
+    source: str
+    recipe: str
+    bits: str
+    effort: str
+    seed: int
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return slug("-".join(str(v) for v in (self.recipe, self.bits, self.effort, self.seed, *self.overrides)))
+
+    def command(self, out: Path) -> list[str]:
+        options = [f"--{name}={getattr(self, name)}" for name in ("recipe", "bits", "effort", "seed")]
+        overrides = [f"--set={override}" for override in self.overrides]
+        return [sys.executable, "-m", "bitstep", "quantize", self.source, f"--out={out}", *options, *overrides]
+
+
+class Judge:
+    """Holds what every row is compared with: full-precision samples and real images, and their features."""
+
+    def __init__(self, settings: argparse.Namespace) -> None:
+        self._settings = settings
+        self._network = load_features(settings.features)
+        samples, network = f"full-precision-{settings.num}x{settings.steps}", settings.features.stem
+        self.full_precision = self._once(samples, lambda: self.sample(settings.source))
+        self._features = self._once(f"{samples}-{network}", lambda: self._extract(self.full_precision))
+        self._real = self._once(
+            f"{settings.real.name}-{network}", lambda: self._extract(read(settings.real, settings.tile))
+        )
+
+    def sample(self, source: str | Path) -> Tensor:
+        settings = self._settings
+        return bitstep.sample(source, num=settings.num, steps=settings.steps, seed=SAMPLE_SEED, batch_size=BATCH)
+
+    def judge(self, images: Tensor) -> dict[str, Any]:
+        features = self._extract(images)
+        return {
+            "psnr": psnr(images, self.full_precision),
+            "ssim": ssim(images, self.full_precision),
+            "frechet_distance_full_precision": frechet_distance(features, self._features),
+            "frechet_distance_real": frechet_distance(features, self._real),
+        }
+
+    def judge_full_precision(self) -> dict[str, Any]:
+        distance = frechet_distance(self._features, self._real)
+        return dict.fromkeys(("psnr", "ssim", "frechet_distance_full_precision")) | {"frechet_distance_real": distance}
+
+    def _extract(self, images: Tensor) -> Tensor:
+        return extract(self._network, images, BATCH)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or what it made for the same settings in an earlier run."""
+        path = self._settings.work / f"{name}.safetensors"
+        if not path.exists():
+            print(f"{path.stem} ...", flush=True)
+            save_file({"tensor": make().contiguous()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        return load_file(path)["tensor"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(argv)
+    settings.work.mkdir(parents=True, exist_ok=True)
+    results = load_results(settings)
+    judge = Judge(settings)
+    done = [{field.name: row[field.name] for field in fields(Quantization)} for row in results["rows"]]
+
+    def finish(row: dict[str, Any]) -> None:
+        results["rows"].append(row)
+        write(settings.results, json.dumps(results, indent=2) + "\n")
+        write_table(settings.page, settings.results, results)
+        print(" | ".join(column(row) for column in COLUMNS.values()), flush=True)
+
+    if not done:
+        finish(full_precision_row(settings.source, judge, settings.work))
+    for quantization in quantizations(settings):
+        if asdict(quantization) not in done:
+            finish(measure(quantization, judge, settings.work))
+
+
+def quantizations(settings: argparse.Namespace) -> list[Quantization]:
+    return [
+        Quantization(settings.source, recipe, bits, settings.effort, seed, settings.overrides)
+        for bits in settings.bits
+        for recipe in settings.recipes
+        for seed in settings.seeds
+    ]
+
+
+def measure(quantization: Quantization, judge: Judge, work: Path) -> dict[str, Any]:
+    """One row: quantize (unless an earlier run got that far), sample, compare."""
+    out = work / quantization.name
+    cost_file = work / f"{quantization.name}.cost.json"
+    if not cost_file.exists():
+        shutil.rmtree(out, ignore_errors=True)
+        write(cost_file, json.dumps(run(quantization.command(out))))
+    cost: dict[str, float] = json.loads(cost_file.read_text())
+    facts = bitstep.inspect(out)
+    images = judge.sample(out)
+    save(images[:64], work / f"{quantization.name}.png")
+    weight = {"size_mb": facts["size_bytes"] / 1e6, "coverage": facts["macs_quantized"]}
+    return {**asdict(quantization), **judge.judge(images), **cost, **weight}
+
+
+def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
+    save(judge.full_precision[:64], work / "full-precision.png")
+    named: dict[str, Any] = {
+        "source": source,
+        "recipe": FULL_PRECISION,
+        "bits": "W32A32",
+        "effort": "-",
+        "seed": None,
+        "overrides": [],
+    }
+    size = sum(4 * parameter.numel() for parameter in bitstep.load(source).denoiser.parameters())
+    unknown = dict.fromkeys(("minutes", "peak_memory_mb", "coverage"))
+    return named | judge.judge_full_precision() | unknown | {"size_mb": size / 1e6}
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Wall-clock minutes and peak resident memory of ``command --overwrite``; stops the script when it fails."""
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen([*command, "--overwrite"], stdout=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        if found := re.search(r"VmHWM:\s+(\d+)", status.read_text()):  # only ever grows; gone once the process ends
+            peak = int(found[1])
+        time.sleep(0.2)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
+    return {"minutes": (time.monotonic() - start) / 60, "peak_memory_mb": peak * 1024 / 1e6}
+
+
+def load_results(settings: argparse.Namespace) -> dict[str, Any]:
+    """What earlier runs with the same settings found, else a fresh page."""
+    fixed = {
+        "source": settings.source,
+        "num_images": settings.num,
+        "steps": settings.steps,
+        "sample_seed": SAMPLE_SEED,
+        "features": settings.features.stem,
+        "real_images": settings.real.name,
+    }
+    if settings.results.exists():
+        results: dict[str, Any] = json.loads(settings.results.read_text())
+        if results["settings"] != fixed:
+            sys.exit(f"{settings.results} was measured with other settings: give another --results")
+        return results
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    versions = {"bitstep": bitstep.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {"settings": fixed, "machine": machine, "versions": versions, "rows": []}
+
+
+def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
+    """Put the table between the markers named for the results file, at the end of the page where there are none."""
+    rows = results["rows"]
+    columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
+    same = {name: next(iter(values)) for name in CONSTANT if len(values := {*columns[name]} - {"-", ""}) == 1}
+    columns = {name: cells for name, cells in columns.items() if name not in same and {*cells} - {"-", ""}}
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    settings, machine, versions = results["settings"], results["machine"], results["versions"]
+    caption = (
+        f"`{settings['source']}`, {settings['num_images']} images of {settings['steps']} steps each; "
+        + "".join(f"{name} {value}; " for name, value in same.items())
+        + f"distances in the "
+        f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores), "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + "."
+    )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    begin, end = (f"<!-- {word} {file.stem} -->" for word in ("begin", "end"))
+    text = page.read_text() if page.exists() else "# Results\n\nMeasured by the scripts in `benchmarks/`.\n"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
+    head, _, rest = text.partition(begin)
+    write(page, f"{head}{begin}\n{table}\n\n{caption}\n{end}{rest.partition(end)[2]}")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="demo:fruits32")
+    parser.add_argument("--recipes", nargs="+", default=["minmax", "mse", "efficientdm"])
+    parser.add_argument("--bits", nargs="+", default=["W8A8", "W4A8", "W4A4", "W2A8"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--effort", default="standard")
+    parser.add_argument("--set", nargs="+", dest="overrides", default=[], metavar="SLOT.KEY=VALUE")
+    parser.add_argument("--num", type=int, default=512, help="images per row")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--features", type=Path, default=SHARED / "features" / "mobilenetv2_imagenet_features.pt")
+    parser.add_argument("--real", type=Path, default=SHARED / "data" / "fruits32", help="folder of images, or .npz")
+    parser.add_argument("--tile", type=int, default=32, help="the real images are mosaics of such tiles")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="packed models and samples")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    settings = parser.parse_args(argv)
+    settings.work /= slug(settings.source)
+    return settings
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", text)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m bitstep`` is ``bitstep``."""
+
+from bitstep.cli import main
+
+main()
