@@ -1,0 +1,365 @@
+"""BinaryDM: where second bases go, what training minimises, and the schedules that act on the layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from pipelines import build
+from torch import Tensor, nn
+
+from bitstep import run
+from bitstep.calls import Pool
+from bitstep.calls import run as call_denoiser
+from bitstep.errors import BitstepError, UsageError
+from bitstep.images import TrainingImages, enlargement
+from bitstep.methods.base import Context, LearningRates, Phase, Technique, Unit
+from bitstep.methods.binarydm import (
+    BINARYDM,
+    BinaryWeights,
+    EvolvableBasis,
+    Mimicking,
+    WarmUp,
+    feature_grams,
+    outward,
+)
+from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.numerics.lowrank import principal_basis
+from bitstep.quantizers.binary import BinaryWeight
+from bitstep.stages.calibrate import stream
+from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.inspect import packed_manifest
+from bitstep.stages.load import Source, load
+from bitstep.stages.prepare import Student, prepare
+from bitstep.stages.sample import read
+from bitstep.surgery import add_bases
+
+PHASE = BINARYDM.training[0].model_copy(update={"iterations": 10, "batch_size": 2, "techniques": ()})
+
+
+def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> tuple[Student, Context, Pool]:
+    pipeline = build(name)
+    source = Source(name, pipeline, denoiser_name(pipeline))
+    source.denoiser.requires_grad_(False)
+    pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
+    method = BINARYDM.model_copy(update={"weights": BinaryWeights(evolvable=evolvable)})
+    student = prepare(source.denoiser, pool, method, weight_bits=bits, activation_bits=4)
+    context = Context(
+        teacher=source.denoiser,
+        student=student.denoiser,
+        layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
+        structure=student.structure,
+        cursor=student.cursor,
+        pool=pool,
+        stream=lambda number: pool,
+        folder=Path(),
+        seed=0,
+    )
+    return student, context, pool
+
+
+def unit_of(context: Context, technique: Technique | None = None, phase: Phase = PHASE) -> Unit:
+    (unit,) = phase.objective.units(context, phase, 0)
+    return unit if technique is None else technique.applied(unit, context, phase)
+
+
+def pictures(count: int = 6, size: int = 8) -> Tensor:
+    shape = (count, size, size, 3)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("more", [0.02, 0.1, 0.4])
+def test_second_bases_meet_the_average_at_the_ends_of_a_unet(more: float) -> None:
+    student, _, _ = prepared(bits=1)
+    bits = student.plan.average_weight_bits + more  # in so small a model the few layers with 8 bits weigh much
+    plan = add_bases(student.plan, student.structure, bits)
+    assert plan.average_weight_bits <= bits
+    smallest = min(layer.weights for layer in plan.layers if layer.weight_bits == layer.bases == 1)
+    assert plan.average_weight_bits > bits - smallest / sum(layer.weights for layer in plan.layers)
+    positions = {info.name: info.positions for info in student.structure.layers}
+    doubled = {positions[layer.name] for layer in plan.layers if layer.bases == 2}
+    single = {positions[layer.name] for layer in plan.layers if layer.weight_bits == layer.bases == 1}
+    assert max(doubled) == 64
+    assert more < 0.4 or max(single) == 16
+
+
+def test_second_bases_of_a_transformer_go_to_its_smallest_layers() -> None:
+    student, _, _ = prepared("dit", bits=1)
+    plan = add_bases(student.plan, student.structure, student.plan.average_weight_bits + 0.05)
+    trunk = [layer for layer in plan.layers if ".attn1." in layer.name or ".ff." in layer.name]
+    doubled = {layer.weights for layer in trunk if layer.bases == 2}
+    assert doubled
+    assert max(doubled) <= min(layer.weights for layer in trunk if layer.bases == 1)
+
+
+def test_bits_decide_the_bases() -> None:
+    assert {layer.bases for layer in prepared(bits=1)[0].plan.layers} == {1}
+    evolving = prepared(bits=1, evolvable=True)[0].plan.layers
+    assert {layer.bases for layer in evolving if layer.weight_bits == 1} == {2}
+    with pytest.raises(ValueError, match=r"1 to 2 bits, got 2\.5"):
+        BinaryWeights().layer_bits(2.5)
+    with pytest.raises(ValueError, match=r"1 bit, got 1\.1"):
+        BinaryWeights(evolvable=True).layer_bits(1.1)
+
+
+def test_rules_with_more_bits_make_a_layer_uniform(tmp_path: Path) -> None:
+    build("ddim").save_pretrained(tmp_path / "teacher")
+    settings = ["calibration.images=2", "calibration.batch_size=2", "calibration.steps=2", "training=[]"]
+    rule = "layers.rules=[{match: '*.conv2', weight_bits: 4}]"
+    out = run.quantize(
+        str(tmp_path / "teacher"),
+        out=tmp_path / "out",
+        recipe="binarydm",
+        bits="W1A4",
+        effort="full",
+        overrides=[*settings, rule],
+    )
+    layers = packed_manifest(load(out)).layers
+    assert {entry.weight_bits for name, entry in layers.items() if name.endswith(".conv2")} == {4}
+    assert {entry.weight_bits for name, entry in layers.items() if name.endswith(".conv1")} == {1}
+
+
+def test_signed_activations_start_as_lsq_says_and_keep_their_zero_point() -> None:
+    student, context, _ = prepared()
+    layer = student.layers["down_blocks.1.resnets.0.conv1"]
+    quantizer = layer.input_quantizer
+    assert quantizer is not None
+    _, zero_point = quantizer.tables()
+    assert zero_point.tolist() == [8]
+    assert "zero_point" not in dict(quantizer.named_parameters())
+    seen: list[Tensor] = []
+    handle = context.teacher.get_submodule("down_blocks.1.resnets.0.conv1").register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    for step in range(len(context.pool.timesteps)):
+        call_denoiser(context.teacher, context.pool.batch(context.pool.indices_at(step))[0])
+    handle.remove()
+    expected = 2 * torch.cat(seen).abs().mean() / 7**0.5
+    assert quantizer.log_scale.exp().item() == pytest.approx(expected.item(), rel=0.1)  # ranges are set on a sample
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_training_images_are_noised_by_the_pipelines_schedule(prediction: str) -> None:
+    pipeline = build("ddim")
+    pipeline.scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
+    images = TrainingImages.of_pipeline(pictures(), pipeline)
+    indices = torch.tensor([4, 0, 4])
+    noisy, timesteps, target = images.noised(indices, torch.Generator().manual_seed(3))
+    clean = pictures()[indices].permute(0, 3, 1, 2) / 127.5 - 1
+    alpha = pipeline.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+    torch.testing.assert_close(pipeline.scheduler.add_noise(clean, noise, timesteps), noisy)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    expected = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
+    }
+    torch.testing.assert_close(target, expected[prediction], rtol=1e-3, atol=1e-3)
+
+
+def test_latent_pipelines_train_on_encoded_images() -> None:
+    pipeline = build("latent_vq")
+    assert enlargement(pipeline) == 1
+    images = TrainingImages.of_pipeline(pictures(), pipeline)
+    noisy, _, target = images.noised(torch.tensor([1, 2]), torch.Generator().manual_seed(0))
+    assert noisy.shape == target.shape == (2, 3, 8, 8)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(BitstepError, match="no noise schedule"):
+        TrainingImages.of_pipeline(pictures(), pipeline)
+
+
+def test_the_diffusion_loss_is_what_a_plain_training_script_computes() -> None:
+    _, context, _ = prepared()
+    images = TrainingImages(pictures(), lambda x: x, DDPMScheduler())
+    unit = unit_of(replace(context, images=images))
+    seen: list[Any] = []
+    handle = context.student.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    loss = unit.loss(3)
+    handle.remove()
+    (call,) = seen
+    with torch.no_grad():
+        output = context.student(call["sample"], call["timestep"]).sample
+    alpha = images.schedule.alphas_cumprod[call["timestep"]][:, None, None, None]
+    clean = images.pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    noises = [(x - a.sqrt() * c) / (1 - a).sqrt() for x, a in zip(call["sample"], alpha, strict=True) for c in clean]
+    errors = torch.stack([(o - n).square().mean() for o in output for n in noises]).view(2, 2, len(clean))
+    candidates = errors[0, 0][:, None] + errors[1, 1][None]  # which image was drawn is not known here
+    assert (candidates / 2 - loss.detach()).abs().min() < 1e-4
+    assert torch.equal(unit.loss(3), loss)
+    assert not torch.equal(unit.loss(4), loss)
+
+
+def test_without_images_the_trajectories_are_distilled() -> None:
+    _, context, _ = prepared()
+    distillation = PHASE.model_copy(update={"objective": TrajectoryDistillation()})
+    assert torch.equal(unit_of(context).loss(1), unit_of(context, phase=distillation).loss(1))
+
+
+def test_images_alone_cannot_train_a_conditional_denoiser() -> None:
+    _, context, _ = prepared("dit")
+    images = TrainingImages(pictures(), lambda x: x, DDPMScheduler())
+    with pytest.raises(BitstepError, match=r"conditional denoiser .*class_labels"):
+        unit_of(replace(context, images=images))
+
+
+def test_the_mimicking_basis_is_that_of_all_features_at_once() -> None:
+    _, context, pool = prepared()
+    name = "down_blocks.1.resnets.0"
+    gram = feature_grams(context, [name])[name]
+    features: list[Tensor] = []
+    handle = context.teacher.get_submodule(name).register_forward_hook(lambda _, args, output: features.append(output))
+    call_denoiser(context.teacher, context.batch(pool, torch.arange(len(pool)))[0])
+    handle.remove()
+    rows = features[0].movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    basis = principal_basis(gram, 6).double()
+    assert basis.shape == (24, 6)
+    _, _, right = torch.linalg.svd(rows, full_matrices=False)
+    projector = right[:6].T @ right[:6]
+    torch.testing.assert_close(basis @ basis.T, projector, rtol=1e-4, atol=1e-5)
+
+
+def test_mimicking_adds_the_distance_of_projected_features() -> None:
+    """At full rank a projection is a rotation: the term is the plain distance of features; at low rank it is less."""
+    _, context, _ = prepared()
+    plain = unit_of(context).loss(0)
+
+    def term(rank: float) -> Tensor:
+        return unit_of(context, Mimicking(weight=1.0, rank=rank)).loss(0) - plain
+
+    kept: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
+    handles = []
+    kinds = ("resnets", "attentions")
+    names = [name for name, _ in context.teacher.named_modules() if name.rpartition(".")[0].endswith(kinds)]
+    for side in kept:
+        for name in names:
+
+            def keep(where: dict[str, Tensor], name: str, _: nn.Module, args: Any, output: Tensor) -> None:
+                where[name] = output
+
+            module = getattr(context, side).get_submodule(name)
+            handles.append(module.register_forward_hook(partial(keep, kept[side], name)))
+    arguments: list[Any] = []
+    handles.append(
+        context.student.register_forward_pre_hook(lambda _, a, kwargs: arguments.append(kwargs), with_kwargs=True)
+    )
+    unit_of(context).loss(0)
+    context.teacher(**arguments[0])
+    for handle in handles:
+        handle.remove()
+    distances = [(kept["teacher"][name] - kept["student"][name]).square().mean() for name in names]
+    assert term(1.0).item() == pytest.approx(torch.stack(distances).mean().item(), rel=1e-3)
+    loss = term(0.25)
+    assert 0 < loss.item() < term(1.0).item() / 0.25  # a quarter of the directions, averaged over a quarter as many
+    loss.backward()
+    layer = context.layers["mid_block.resnets.0.conv1"].weight_quantizer
+    assert isinstance(layer, BinaryWeight)
+    assert layer.log_scale.grad is not None
+
+
+def test_warm_up_goes_from_the_middle_outward_and_to_activations_last() -> None:
+    _, context, _ = prepared()
+    order = outward(context.layers, context.structure)
+    names = {id(layer): name for name, layer in context.layers.items()}
+    assert names[id(order[0])].startswith("mid_block")
+    assert {names[id(layer)].split(".")[1] for layer in order[-4:]} <= {"0", "1"}
+    assert all("mid_block" not in names[id(layer)] for layer in order[len(order) // 2 :])
+    unit = unit_of(context, WarmUp(share=0.8))
+
+    def switched(iteration: int) -> tuple[list[bool], list[bool]]:
+        unit.loss(iteration)
+        return [layer.quantizes_weight for layer in order], [layer.quantizes_input for layer in order]
+
+    weights, inputs = switched(2)
+    assert 0 < sum(weights) < len(order)
+    assert weights == sorted(weights, reverse=True)
+    assert not any(inputs)
+    weights, inputs = switched(6)
+    assert all(weights)
+    assert 0 < sum(inputs) < len(order)
+    assert all(switched(8)[1])
+    assert switched(2)[0] == switched(2)[0] != switched(8)[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_warm_up_is_over_at_the_last_iteration(share: float) -> None:
+    _, context, _ = prepared()
+    for layer in context.layers.values():
+        layer.quantizes_input = False
+    unit_of(context, WarmUp(share=share)).loss(PHASE.iterations - 1)
+    assert all(layer.quantizes_weight and layer.quantizes_input for layer in context.layers.values())
+
+
+def test_an_evolvable_basis_is_pressed_then_dropped() -> None:
+    _, context, _ = prepared(bits=1, evolvable=True)
+    unit = unit_of(context, EvolvableBasis(penalty=0.5, share=0.5))
+    quantizers = [layer.weight_quantizer for layer in context.layers.values()]
+    assert all(isinstance(quantizer, BinaryWeight) for quantizer in quantizers)
+    second = torch.cat([q.second_scale().flatten() for q in quantizers if isinstance(q, BinaryWeight)])
+    assert unit.loss(4).item() == pytest.approx((unit_of(context).loss(4) + 0.5 * second.mean()).item(), rel=1e-5)
+    assert {len(quantizer.codes().scale) for quantizer in quantizers} == {2}
+    unit.loss(5)
+    assert {len(quantizer.codes().scale) for quantizer in quantizers} == {1}
+
+
+def test_the_moving_average_starts_at_the_initial_scales_and_ends_in_the_parameters() -> None:
+    _, context, _ = prepared()
+    phase = PHASE.model_copy(
+        update={"iterations": 4, "ema": 0.5, "learning_rates": LearningRates(weight=0.01, weight_scale=0.1)}
+    )
+
+    def values() -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in trained_tensors(context.layers).items()}
+
+    history = [values()]
+    for _ in finetune(context, [phase], TrainingState()):
+        history.append(values())
+    average = history[0]
+    for number, current in enumerate(history[1:]):
+        decay = min(0.5, (1 + number) / (10 + number))
+        average = {name: decay * average[name] + (1 - decay) * current[name] for name in average}
+    for name, value in values().items():
+        torch.testing.assert_close(value, average[name])
+    assert any(not torch.equal(values()[name], history[-1][name]) for name in average)
+
+
+@pytest.fixture
+def mosaics(tmp_path: Path) -> Path:
+    folder = tmp_path / "mosaics"
+    folder.mkdir()
+    tiles = pictures(6)
+    rows = tiles.view(2, 3, 8, 8, 3).permute(0, 2, 1, 3, 4).reshape(16, 24, 3)
+    Image.fromarray(rows.numpy()).save(folder / "a.png")
+    Image.fromarray(pictures(1).squeeze(0).numpy()).save(folder / "b.png")
+    return folder
+
+
+def test_data_is_a_folder_of_pictures_and_mosaics(mosaics: Path, tmp_path: Path) -> None:
+    assert torch.equal(read(mosaics, tile=8), torch.cat([pictures(6), pictures(1)]))
+    build("ddim").save_pretrained(tmp_path / "teacher")
+    settings = [
+        *("calibration.images=2", "calibration.batch_size=2", "calibration.steps=2"),
+        *("training.0.iterations=2", "training.0.batch_size=2"),
+    ]
+
+    def quantize(out: str, **changes: Any) -> str:
+        arguments: dict[str, Any] = {"recipe": "binarydm", "bits": "W1.1A4", "effort": "full", "overrides": settings}
+        run.quantize(str(tmp_path / "teacher"), out=tmp_path / out, **(arguments | changes))
+        return (tmp_path / out / "run" / run.LOSS).read_text()
+
+    assert quantize("with", data=mosaics) != quantize("without")
+    with pytest.raises(UsageError, match="trained without images"):
+        quantize("unused", data=mosaics, recipe="mse", bits="W4A4", overrides=settings[:3])
+    with pytest.raises(UsageError, match="holds no images"):
+        quantize("empty", data=tmp_path)
+    Image.new("RGB", (9, 9)).save(mosaics / "c.png")
+    with pytest.raises(BitstepError, match="9x9 pixels is no mosaic of 8x8 tiles"):
+        quantize("odd", data=mosaics)
