@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bitstep.methods.baselines import MINMAX, MSE
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
+from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
 
-METHODS = {method.name: method for method in (MINMAX, MSE, EFFICIENTDM, BINARY_BASELINE, BINARYDM, BINARYDM_EBB)}
+METHODS = {
+    method.name: method for method in (MINMAX, MSE, EFFICIENTDM, DILATEQUANT, BINARY_BASELINE, BINARYDM, BINARYDM_EBB)
+}

@@ -59,6 +59,19 @@ class UniformWeights(Weights):
         return UniformWeight(source, layer.weight_bits, symmetric=self.symmetric, method=self.range)
 
 
+class Rewrite(Variant):
+    """An exact change of a layer before it is quantized: ``Y = (X / s)(s W)``, one s per input channel."""
+
+    @abstractmethod
+    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
+        """s, positive float32 ``[in]``.
+
+        weight: ``[out, in / groups, *kernel]``
+        channel_range: largest magnitude of every input channel over all timesteps, ``[in]``
+        parts: channels of each tensor that was concatenated into the input; empty for any other input
+        """
+
+
 class Activations(Slot):
     """Activation quantizers: one row per key timestep or a single static one, ranges found per (layer, step).
 
@@ -192,9 +205,14 @@ class Phase(Slot):
 
 
 class Method(Slot):
-    """A composition of slots. ``efforts`` maps an effort to overrides (``slot.key`` -> value)."""
+    """A composition of slots.
+
+    rewrites: applied one after another
+    efforts: overrides (``slot.key`` -> value) per effort
+    """
 
     name: str
+    rewrites: tuple[SerializeAsAny[Rewrite], ...] = ()
     weights: SerializeAsAny[Weights] = UniformWeights()
     activations: Activations = Activations()
     layers: Layers = Layers()

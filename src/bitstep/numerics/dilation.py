@@ -64,7 +64,7 @@ def range_aware(scale: Tensor, channel_range: Tensor) -> Tensor:
     return torch.minimum((channel_range / reachable).clamp(min=1), scale)
 
 
-def stretch(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
+def stretched(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     """``weight`` ``[out, in / groups, *kernel]`` times ``scale`` ``[in]`` along its input channels."""
     per_group = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
     return (weight.unflatten(0, (groups, -1)) * per_group).flatten(0, 1)

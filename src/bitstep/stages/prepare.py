@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
-from bitstep.methods.base import Method, UniformWeights
+from bitstep.methods.base import Method, Rewrite, UniformWeights
+from bitstep.numerics.dilation import DilationStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.stages.ranges import observe
 from bitstep.steps import StepCursor, StepGrid
@@ -20,13 +22,17 @@ from bitstep.surgery import LayerPlan, Plan, operate, plan
 
 @dataclass(frozen=True)
 class Student:
-    """A fake-quantized copy of the teacher, ready to train or to pack."""
+    """A fake-quantized copy of the teacher, ready to train or to pack.
+
+    rewritten: what the method's rewrites did to every layer that they changed
+    """
 
     denoiser: nn.Module
     layers: dict[str, FakeQuantized]
     plan: Plan
     structure: Structure
     cursor: StepCursor
+    rewritten: dict[str, DilationStatistics]
 
 
 def prepare(
@@ -55,20 +61,37 @@ def prepare(
     observed = observe(teacher, pool, names, images=method.calibration.range_images, progress=progress) if names else {}
     signed = method.activations.signed
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
+    parts = {info.name: info.parts for info in structure.layers}
+    rewritten = {}
 
     def build(layer: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
         weights = method.weights if layer.trained else UniformWeights()
-        weight_quantizer = weights.build(module.weight, layer)
-        input_quantizer = None
-        if layer.activation_bits is not None:
-            scale, zero_point = observed[layer.name].range(
-                layer.activation_bits, method.activations.range, per_step=layer.per_step, signed=signed
-            )
-            input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor, signed=signed)
-        return FakeQuantized(module, weight_quantizer, input_quantizer).to(device)
+        if layer.activation_bits is None:
+            return FakeQuantized(module, weights.build(module.weight, layer), None).to(device)
+        weight, seen, reciprocal = module.weight.detach(), observed[layer.name], None
+        groups = 1 if isinstance(module, nn.Linear) else module.groups
+        stretch = rewrite(method.rewrites, weight, groups, seen.channel_range, parts[layer.name])
+        if bool((stretch != 1).any()):
+            rewritten[layer.name] = statistics(stretch, seen.channel_range)
+            weight, seen, reciprocal = stretched(weight, stretch, groups), seen.divided(stretch), 1 / stretch
+        scale, zero_point = seen.range(
+            layer.activation_bits, method.activations.range, per_step=layer.per_step, signed=signed
+        )
+        input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor, signed=signed)
+        return FakeQuantized(module, weights.build(weight, layer), input_quantizer, reciprocal).to(device)
 
     student = copy.deepcopy(teacher)
     layers = operate(student, decided, build)
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor)
+    return Student(student, layers, decided, structure, cursor, rewritten)
+
+
+def rewrite(
+    rewrites: Iterable[Rewrite], weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]
+) -> Tensor:
+    """The product ``[in]`` of the scales of all rewrites, each seeing what those before it made of the layer."""
+    scale = torch.ones_like(channel_range)
+    for change in rewrites:
+        scale = scale * change.scale(stretched(weight, scale, groups), groups, channel_range / scale, parts)
+    return scale

@@ -1,0 +1,186 @@
+"""Block-wise distillation: one block after another learns to return what it returns in full precision.
+
+    block k:  minimise || B_k^fp(x_k^fp) - B_k^q(x_k^q) ||^2  over the parameters of block k
+
+x_k^fp is what the full-precision denoiser hands to the block, x_k^q what the student does, its earlier blocks being
+quantized and trained: a block learns to undo the errors made before it (DilateQuant, arXiv 2409.14307; BRECQ, arXiv
+2102.05426). Only one block at a time holds gradients and optimizer state.
+
+What goes into the block and what should come out is computed once per block for a fixed set of recorded calls and kept
+on disk, so that memory holds no more than one batch of it; the disk holds one block's inputs and outputs, ``samples``
+of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from bitstep.calls import Call, run
+from bitstep.methods.base import Context, Objective, Phase, Unit
+from bitstep.randomness import draw
+from bitstep.structure import blocks
+
+
+class BlockwiseDistillation(Objective):
+    """Every block of :func:`bitstep.structure.blocks` with trained layers is a unit, in order of execution.
+
+    samples: recorded calls, over all timesteps, that the blocks are fitted to. A block that runs several times in one
+    forward pass is fitted to the first.
+    """
+
+    kind: Literal["blockwise"] = "blockwise"
+    samples: PositiveInt = 5120
+
+    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
+        trained = [
+            (block.name, {name: context.layers[name] for name in block.layers if name in context.layers})
+            for block in blocks(context.teacher, context.structure)
+        ]
+        for name, layers in [(name, layers) for name, layers in trained if layers][start:]:
+            yield self._unit(name, layers, context, phase, indices)
+
+    def _unit(self, name: str, layers: Mapping[str, Any], context: Context, phase: Phase, indices: Tensor) -> Unit:
+        rows = _record(name, context, indices, phase.batch_size)
+        block = context.student.get_submodule(name)
+
+        def loss(iteration: int) -> Tensor:
+            chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{name}", iteration)
+            call = context.placed(rows.batch(chosen))
+            args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
+            with context.cursor.at(call.arguments["timestep"]):
+                output = block(*args, **kwargs)
+            pairs = zip(_tensors(output), _tensors(target), strict=True)
+            return torch.stack([(a.float() - b.float()).square().mean() for a, b in pairs]).sum()
+
+        return Unit(name, layers, loss)
+
+
+@torch.no_grad()
+def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> _Rows:
+    """The student's calls of the block ``name``, beside what the teacher's block returns."""
+
+    def calls(chosen: Tensor) -> Call:
+        call, _ = context.batch(context.pool, chosen)
+        args, kwargs = _inputs(context.student, name, call)
+        output = _output(context.teacher, name, call)
+        return Call({"timestep": call.timestep, "args": args, "kwargs": kwargs, "output": output})
+
+    rows = _Rows(context.folder / "block", calls(indices[:1]), calls(indices[:2]))
+    for chosen in indices.split(batch_size):
+        rows.append(calls(chosen))
+    return rows
+
+
+class _Rows:
+    """Recorded calls on disk, a file per tensor, read row by row at random places: plain reads, since the pages of a
+    memory-mapped file would add up to all of it.
+
+    ``one`` and ``two`` are calls with one and with two samples: a tensor whose first dimension they share has no batch
+    dimension, and is kept in memory as it is.
+    """
+
+    def __init__(self, folder: Path, one: Call, two: Call) -> None:
+        folder.mkdir(exist_ok=True)
+        self._one = one
+        self._files: dict[str, _RowFile] = {}
+        small, large = _leaves(one), _leaves(two)
+        self._chunks = len(small["call.timestep"])
+        for number, (name, tensor) in enumerate(small.items()):
+            if tensor.shape != large[name].shape:
+                shape = (len(tensor) // self._chunks, *tensor.shape[1:])  # attention may fold its heads into the batch
+                self._files[name] = _RowFile(folder / f"{number}.bin", shape, tensor.dtype)
+
+    def __len__(self) -> int:
+        return len(self._files["call.timestep"])
+
+    def append(self, call: Call) -> None:
+        for name, tensor in _leaves(call).items():
+            if name in self._files:
+                self._files[name].append(tensor.cpu())
+
+    def batch(self, rows: Tensor) -> Call:
+        """One call of the chosen rows."""
+        return self._one.map(lambda name, tensor: self._files[name][rows] if name in self._files else tensor)
+
+
+class _RowFile:
+    """A tensor on disk, grown by appending along its first dimension in groups of ``shape[0]``; one group is a row."""
+
+    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._path, self._shape, self._dtype = path, tuple(shape), dtype
+        self._bytes, self._length = prod(shape) * dtype.itemsize, 0
+        path.write_bytes(b"")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, tensor: Tensor) -> None:
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        with self._path.open("ab") as file:
+            data.tofile(file)
+        self._length += data.size // self._bytes
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        buffer = bytearray(self._bytes * len(rows))
+        with self._path.open("rb") as file:
+            for place, row in enumerate(rows.tolist()):
+                file.seek(row * self._bytes)
+                file.readinto(memoryview(buffer)[place * self._bytes : (place + 1) * self._bytes])
+        return torch.frombuffer(buffer, dtype=self._dtype).view(-1, *self._shape[1:])
+
+
+class _Reached(Exception):
+    """Ends a forward pass where nothing more is wanted of it."""
+
+
+def _inputs(denoiser: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the first call of the block ``name`` in ``call``; nothing after it is computed."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    handle = denoiser.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    _run_until_reached(denoiser, call, handle)
+    return found[0]
+
+
+def _output(denoiser: nn.Module, name: str, call: Call) -> Any:
+    """What the first call of the block ``name`` returns in ``call``; nothing after it is computed."""
+    found: list[Any] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    handle = denoiser.get_submodule(name).register_forward_hook(stop)
+    _run_until_reached(denoiser, call, handle)
+    return found[0]
+
+
+def _run_until_reached(denoiser: nn.Module, call: Call, handle: Any) -> None:
+    try:
+        run(denoiser, call)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+def _leaves(call: Call) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    call.map(lambda name, tensor: found.setdefault(name, tensor))
+    return found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return list(_leaves(Call({"output": output})).values())

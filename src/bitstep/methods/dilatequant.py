@@ -1,0 +1,86 @@
+"""DilateQuant (arXiv 2409.14307): dilated weights, a step size per timestep, blocks distilled one after another.
+
+    Y = Q(X / s; s_x[t]) * Q(s W; s_w),   s >= 1 per input channel, Q(s W) with the step sizes of Q(W)
+
+Weight dilation (:mod:`bitstep.numerics.dilation`), the temporal parallel quantizer
+(:class:`bitstep.quantizers.activations.ActivationQuantizer`, batches mixing timesteps) and block-wise distillation
+(:class:`bitstep.methods.blockwise.BlockwiseDistillation`) are slots that any recipe may use.
+
+1 / s is kept as a vector per layer, which kernels apply in the same pass that turns the input into codes. It could be
+folded into what comes before only where that is linear and nobody else reads it; behind the SiLU of a residual block,
+and where one norm feeds three projections, it cannot be.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitstep.methods.base import Activations, Calibration, LearningRates, Method, Phase, Rewrite, UniformWeights
+from bitstep.methods.blockwise import BlockwiseDistillation
+from bitstep.numerics.dilation import dilation, range_aware
+
+
+class Dilation(Rewrite):
+    """Weight dilation by the paper's rule.
+
+    symmetric: by the rule for weight ranges symmetric around zero, which leaves more room
+    range_aware: stretch no channel further than the range of the input can follow
+    """
+
+    kind: Literal["dilation"] = "dilation"
+    symmetric: bool = False
+    range_aware: bool = False
+
+    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
+        scale = dilation(weight, groups, symmetric=self.symmetric)
+        return range_aware(scale, channel_range) if self.range_aware else scale
+
+
+class SplitConcatenation(Rewrite):
+    """Split quantizers (Q-Diffusion, arXiv 2302.04304) for an input concatenated of tensors with different ranges.
+
+    The parts are brought to the range of the narrowest, so that each is rounded with a step size of its own, and the
+    integer product stays one.
+    """
+
+    kind: Literal["split-concatenation"] = "split-concatenation"
+
+    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
+        if len(parts) < 2:
+            return torch.ones_like(channel_range)
+        ranges = torch.stack([part.max() for part in channel_range.split(list(parts))])
+        ranges = torch.where(ranges > 0, ranges, ranges.max().clamp(min=1e-12))
+        return (ranges / ranges.min()).repeat_interleave(torch.tensor(parts))
+
+
+DILATEQUANT = Method(
+    name="dilatequant",
+    rewrites=(SplitConcatenation(), Dilation()),
+    weights=UniformWeights(),
+    activations=Activations(per_step=True),
+    calibration=Calibration(images=256, steps=100),
+    training=(
+        Phase(
+            objective=BlockwiseDistillation(samples=5120),
+            iterations=5000,
+            batch_size=32,
+            learning_rates=LearningRates(
+                weight=1e-2, weight_scale=1e-4, activation_scale=1e-3, activation_zero_point=1e-3
+            ),
+            decay="cosine",
+        ),
+    ),
+    efforts={
+        "quick": {
+            "calibration": {"images": 16, "steps": 50},
+            "training.0": {"objective": {"samples": 256}, "iterations": 60},
+        },
+        "standard": {
+            "calibration": {"images": 64, "steps": 50},
+            "training.0": {"objective": {"samples": 1024}, "iterations": 200},
+        },
+    },
+)

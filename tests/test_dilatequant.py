@@ -1,0 +1,99 @@
+"""DilateQuant: dilation changes nothing but the rounding, and every part pays for itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitstep.layers import FakeQuantized
+from bitstep.methods.dilatequant import Dilation, SplitConcatenation
+from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
+from bitstep.numerics.uniform import search_range
+from bitstep.quantizers.weights import DenseWeight, UniformWeight
+from bitstep.stages.prepare import rewrite
+
+LAYERS: dict[str, tuple[nn.Linear | nn.Conv1d | nn.Conv2d, tuple[int, ...]]] = {
+    "linear": (nn.Linear(24, 10), (3, 5, 24)),
+    "conv1d": (nn.Conv1d(24, 10, 3, padding=1), (3, 24, 7)),
+    "conv2d": (nn.Conv2d(24, 10, 3, padding=1), (3, 24, 5, 5)),
+    "grouped": (nn.Conv2d(24, 12, 3, stride=2, groups=4), (3, 24, 5, 5)),
+    "depthwise": (nn.Conv2d(24, 24, 3, groups=24), (3, 24, 5, 5)),
+}
+
+
+def uneven(name: str) -> tuple[nn.Linear | nn.Conv1d | nn.Conv2d, int, Tensor]:
+    """A layer whose input channels differ (log-normally) in the size of their weights, its groups, and an input."""
+    generator = torch.Generator().manual_seed(0)
+    layer, shape = LAYERS[name]
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    sizes = torch.randn(24, generator=generator).mul(0.5).exp()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+        layer.weight.copy_(stretched(layer.weight, sizes, groups))
+    return layer, groups, torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_dilation_keeps_the_output_and_every_step_size_and_never_widens_the_input(name: str, symmetric: bool) -> None:
+    layer, groups, x = uneven(name)
+    scale = dilation(layer.weight, groups, symmetric=symmetric)
+    assert bool((scale >= 1).all())
+    assert bool((scale > 1).any()) == (name != "depthwise")  # whose channels all set a range
+    weight = stretched(layer.weight, scale, groups)
+    for which in range(2):  # scale and zero point
+        before, after = (
+            search_range(w.flatten(1), 4, symmetric=symmetric, method="minmax")[which] for w in (layer.weight, weight)
+        )
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+    channels_last = x.movedim(1, -1) if x.ndim > 2 and not isinstance(layer, nn.Linear) else x
+    assert bool(((channels_last / scale).abs() <= channels_last.abs()).all())
+
+    quantizer = UniformWeight(DenseWeight(weight), 8)
+    dilated = FakeQuantized(layer, quantizer, None, 1 / scale)
+    dilated.quantizes_weight = False
+    torch.testing.assert_close(dilated(x), layer(x))
+
+
+def test_the_paper_rule_by_brute_force() -> None:
+    layer, groups, _ = uneven("grouped")
+    weight = layer.weight.detach()
+    expected = torch.full((24,), CAP)
+    for out in range(12):
+        high, low = weight[out].max(), weight[out].min()
+        for k in range(6):
+            for w in weight[out, k].flatten():
+                channel = out // 3 * 6 + k
+                expected[channel] = min(expected[channel], high / w if w > 0 else low / w)
+    torch.testing.assert_close(dilation(weight, groups), expected.clamp(1, CAP))
+
+
+def test_the_channels_that_set_a_range_stay() -> None:
+    weight = torch.tensor([[4.0, 1.0, -0.5, 0.0], [1.0, 0.5, -1.0, 0.0]])
+    assert dilation(weight).tolist() == [1.0, 2.0, 1.0, CAP]
+    assert dilation(weight, symmetric=True).tolist() == [1.0, 2.0, 1.0, CAP]
+    # the first row's -0.5 may grow eightfold in a range that reaches to -4
+    assert dilation(weight[:1], symmetric=True).tolist() == [1.0, 4.0, 8.0, CAP]
+
+
+def test_range_aware_dilation_reaches_the_same_range_with_less() -> None:
+    scale = torch.tensor([1.0, 2.0, 4.0, 4.0])
+    ranges = torch.tensor([3.0, 8.0, 8.0, 1.0])
+    aware = range_aware(scale, ranges)
+    # channel 1 can do no better than 8 / 2 = 4, and no other has to go below it
+    assert aware.tolist() == [1.0, 2.0, 2.0, 1.0]
+    assert statistics(aware, ranges).range_shrink == statistics(scale, ranges).range_shrink == 0.5
+    assert statistics(aware, ranges).unsaturated == 0.5
+
+
+def test_rewrites_follow_one_another() -> None:
+    layer, groups, _ = uneven("linear")
+    ranges = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5
+    ranges[:8] *= 10
+    split = rewrite((SplitConcatenation(),), layer.weight, groups, ranges, (8, 16))
+    assert torch.unique(split[:8]).numel() == torch.unique(split[8:]).numel() == 1
+    torch.testing.assert_close((ranges / split)[:8].max(), (ranges / split)[8:].max())
+    both = rewrite((SplitConcatenation(), Dilation()), layer.weight, groups, ranges, (8, 16))
+    torch.testing.assert_close(both, split * dilation(stretched(layer.weight, split, groups), groups))
+    assert torch.equal(rewrite((SplitConcatenation(),), layer.weight, groups, ranges, ()), torch.ones(24))
