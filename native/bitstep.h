@@ -67,6 +67,12 @@ typedef struct {
   const float* scale;       // [columns][16]
 } bitstep_layer;
 
+// Attention between tokens: q and y are [batch, queries, heads, head_channels], k and v [batch, keys, ...].
+typedef struct {
+  int32_t batch, queries, keys, heads, head_channels;
+  float scale;
+} bitstep_attention_shape;
+
 // Use GOMP_parallel at this address to share work; null runs everything in the calling thread.
 BITSTEP_API void bitstep_set_fork(void* gomp_parallel);
 // The instruction sets this build and machine offer, best first, as a null-terminated list.
@@ -83,6 +89,9 @@ BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_m
 // Group normalization of x as a gain and a shift per sample and channel, both [batch, channels].
 BITSTEP_API void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const float* weight,
                                     const float* bias, const float* x, float* gain, float* shift, int threads);
+// y = softmax(scale q k^T) v, per head.
+BITSTEP_API void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
+                                   float* y, int threads);
 
 #ifdef __cplusplus
 }

@@ -9,6 +9,7 @@ struct Clone {
   decltype(&bitstep_quantize) quantize;
   decltype(&bitstep_convolution) convolution;
   decltype(&bitstep_group_norm) group_norm;
+  decltype(&bitstep_attention) attention;
 };
 
 namespace portable { extern const Clone clone; }
@@ -20,6 +21,7 @@ namespace BITSTEP_CLONE {
 decltype(bitstep_quantize) quantize;
 decltype(bitstep_convolution) convolution;
 decltype(bitstep_group_norm) group_norm;
+decltype(bitstep_attention) attention;
 }  // namespace BITSTEP_CLONE
 #endif
 

@@ -80,4 +80,9 @@ void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const flo
   current()->group_norm(map, groups, eps, weight, bias, x, gain, shift, threads);
 }
 
+void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v, float* y,
+                       int threads) {
+  current()->attention(shape, q, k, v, y, threads);
+}
+
 }  // extern "C"

@@ -46,7 +46,7 @@ void normalize(Run& run, int64_t channels, float eps) {
   for (int64_t i = 0; i < channels; i += kLanes) {
     const int lanes = static_cast<int>(channels - i < kLanes ? channels - i : kLanes);
     const F centred = load_some(run.x + i, lanes) - run.mean;
-    squares += lanes == kLanes ? centred * centred : first_lanes(centred * centred, lanes);
+    squares += lanes == kLanes ? centred * centred : fill_from(centred * centred, lanes, 0);
   }
   run.deviation_reciprocal = splat(1.0f / std::sqrt(sum(squares) / channels + eps));
 }

@@ -29,16 +29,19 @@ inline I splat(int32_t x) { return x - I{}; }
 inline F load(const float* p) { return *reinterpret_cast<const F*>(p); }
 inline I load(const int32_t* p) { return *reinterpret_cast<const I*>(p); }
 inline void store(float* p, F x) { *reinterpret_cast<F*>(p) = x; }
+inline void store(int32_t* p, I x) { *reinterpret_cast<I*>(p) = x; }
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
-inline F max(F a, F b) { return a > b ? a : b; }
-inline F min(F a, F b) { return a < b ? a : b; }
 
 // ``count`` lanes (1..kLanes) are read or written, the others are zero or left alone.
 inline F load(const float* p, int count);
 inline void store(float* p, F x, int count);
 // Nearest integer, ties to even.
 inline F round(F x);
-// Float to int32; x is integral and in range.
+inline F max(F a, F b);
+inline F min(F a, F b);
+// x * 2**n, n integral and above -127.
+inline F scale_by_power(F x, F n);
+// Nearest int32, ties to even; x is in range.
 inline I to_int(F x);
 // Lanes in 0..255 to bytes.
 inline void store_bytes(uint8_t* p, I x, int count);
@@ -48,6 +51,13 @@ inline I broadcast4(const uint8_t* p) {
   std::memcpy(&x, p, 4);
   return splat(x);
 }
+// Over all lanes.
+inline float sum(F x);
+inline float largest(F x);
+// Lanes in the range of int16.
+inline void store_words(int16_t* p, I x);
+// acc + sum over the two int16 of each lane of a * w.
+inline I dot2(I acc, I a, I w);
 // acc + sum over the four bytes of each lane of a (unsigned) * w (signed), exactly.
 inline I dot4(I acc, I a, I w);
 
@@ -57,11 +67,20 @@ inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) 
 inline F load(const float* p, int count) { return (F)_mm512_maskz_loadu_ps(first(count), p); }
 inline void store(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(count), (__m512)x); }
 inline F round(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+inline F scale_by_power(F x, F n) { return (F)_mm512_scalef_ps((__m512)x, (__m512)n); }
 inline I to_int(F x) { return (I)_mm512_cvtps_epi32((__m512)x); }
 inline void store_bytes(uint8_t* p, I x, int count) {
-  _mm512_mask_cvtepi32_storeu_epi8(p, first(count), (__m512i)x);
+  _mm_mask_storeu_epi8(p, first(count), _mm512_cvtepi32_epi8((__m512i)x));
 }
 inline I dot4(I acc, I a, I w) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
+inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
+inline I dot2(I acc, I a, I w) { return (I)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
+inline void store_words(int16_t* p, I x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+}
 
 #elif defined(BITSTEP_avx2)
 
@@ -71,6 +90,9 @@ inline __m256i first(int count) {
 inline F load(const float* p, int count) { return (F)_mm256_maskload_ps(p, first(count)); }
 inline void store(float* p, F x, int count) { _mm256_maskstore_ps(p, first(count), (__m256)x); }
 inline F round(F x) { return (F)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+inline F scale_by_power(F x, F n) { return x * (F)(((I)_mm256_cvtps_epi32((__m256)n) + 127) << 23); }
 inline I to_int(F x) { return (I)_mm256_cvtps_epi32((__m256)x); }
 inline void store_bytes(uint8_t* p, I x, int count) {
   const __m256i words = _mm256_packus_epi32((__m256i)x, (__m256i)x);
@@ -86,6 +108,21 @@ inline I dot4(I acc, I a, I w) {
   const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)a, even), (__m256i)w);
   const __m256i high = _mm256_maddubs_epi16(_mm256_andnot_si256(even, (__m256i)a), (__m256i)w);
   return acc + (I)_mm256_madd_epi16(low, ones) + (I)_mm256_madd_epi16(high, ones);
+}
+inline float sum(F x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+inline float largest(F x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+inline I dot2(I acc, I a, I w) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)w); }
+inline void store_words(int16_t* p, I x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 }
 
 #else
@@ -104,7 +141,10 @@ inline F round(F x) {
   const F rounded = x + magic - magic, size = x < 0 ? -x : x;
   return size < splat(4194304.0f) ? rounded : x;
 }
-inline I to_int(F x) { return __builtin_convertvector(x, I); }
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+inline F scale_by_power(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
+inline I to_int(F x) { return __builtin_convertvector(round(x), I); }
 inline void store_bytes(uint8_t* p, I x, int count) {
   for (int i = 0; i < count; ++i) p[i] = static_cast<uint8_t>(x[i]);
 }
@@ -114,22 +154,30 @@ inline I dot4(I acc, I a, I w) {
   }
   return acc;
 }
+inline float sum(F x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+inline float largest(F x) {
+  float most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+inline I dot2(I acc, I a, I w) { return acc + (a << 16 >> 16) * (w << 16 >> 16) + (a >> 16) * (w >> 16); }
+inline void store_words(int16_t* p, I x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(x[i]);
+}
 
 #endif
 
 inline F load_some(const float* p, int count) { return count == kLanes ? load(p) : load(p, count); }
 inline void store_some(float* p, F x, int count) { count == kLanes ? store(p, x) : store(p, x, count); }
 
-// x with zeros from lane `count` on.
-inline F first_lanes(F x, int count) {
-  for (int i = count; i < kLanes; ++i) x[i] = 0;
+// x with another value from lane `count` on.
+inline F fill_from(F x, int count, float value) {
+  for (int i = count; i < kLanes; ++i) x[i] = value;
   return x;
-}
-
-inline float sum(F x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
 }
 
 }  // namespace

@@ -201,6 +201,20 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, activation: Activation = "none") -
     return Before(gain=gain, shift=shift, activation=activation)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` per head; contiguous float32 ``[batch, tokens, heads * d]``.
+
+    Computed in 16-bit fixed point (steps per row of q and k and per channel of v) with 32-bit sums.
+    """
+    lib = native.library()
+    assert lib is not None
+    batch, queries, channels = q.shape
+    shape = native.AttentionShape(batch, queries, k.shape[1], heads, channels // heads, (channels // heads) ** -0.5)
+    y = torch.empty_like(q)
+    lib.bitstep_attention(shape, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
 @dataclass(frozen=True)
 class Columns:
     """A weight as ``native/bitstep.h`` lays it out.

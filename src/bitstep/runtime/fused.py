@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitstep.runtime.cpu import Before, Convolution, group_norm
+from bitstep.runtime.cpu import Before, Convolution, attention, group_norm
 from bitstep.runtime.layers import PackedModule
 
 
@@ -130,15 +130,9 @@ class FusedAttention(Attention):  # type: ignore[misc]
         source, prepare = x, before
         if context is not None:
             source, prepare = context.float().contiguous()[:, None], None
-        q, k, v = (
-            _run(layer, tensor, stage).reshape(len(x), tensor.shape[2], self.heads, -1).transpose(1, 2)
-            for layer, tensor, stage in (
-                (self.to_q, x, before),
-                (self.to_k, source, prepare),
-                (self.to_v, source, prepare),
-            )
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), 1, x.shape[2], -1)
+        q = _run(self.to_q, x, before)[:, 0]
+        k, v = (_run(layer, source, prepare)[:, 0] for layer in (self.to_k, self.to_v))
+        mixed = attention(q, k, v, self.heads)[:, None]
         return _run(self.to_out[0], mixed, gain=gain, residual=residual)
 
 
@@ -226,9 +220,13 @@ def _native(*layers: nn.Module) -> bool:
 
 
 def _runs_fused(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether nobody watches the modules inside, and x is what the library takes."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-    return not hooked and x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
+    """Whether the library takes x, still runs the packed layers among the modules, and nobody watches them."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        and _native(*(m for m in modules if isinstance(m, PackedModule)))
+    )
 
 
 def _run(

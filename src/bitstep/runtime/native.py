@@ -50,6 +50,15 @@ class Epilogue(ctypes.Structure):
     _fields_ = [("bias", c_void_p), ("bias_rows", c_int32), ("gain", c_void_p), ("residual", c_void_p)]
 
 
+class AttentionShape(ctypes.Structure):
+    """``bitstep_attention_shape``."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("batch", "queries", "keys", "heads", "head_channels")),
+        ("scale", c_float),
+    ]
+
+
 class Map(ctypes.Structure):
     """``bitstep_map``: the shape of an activation map and of its codes."""
 
@@ -83,6 +92,7 @@ def library() -> ctypes.CDLL | None:
     lib.bitstep_quantize.argtypes = [grid, prologue, step, c_void_p, c_void_p, c_int]
     lib.bitstep_convolution.argtypes = [POINTER(Layer), grid, step, c_void_p, epilogue, c_void_p, c_int]
     lib.bitstep_group_norm.argtypes = [grid, c_int, c_float, *[c_void_p] * 5, c_int]
+    lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
     # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
     fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     lib.bitstep_set_fork(ctypes.cast(fork, c_void_p) if fork else None)
