@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -10,7 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from bitstep.checkpoint import PackedLayer, pack_model
+from bitstep.methods.base import Method
 from bitstep.numerics.packing import QuantizedWeight
+from bitstep.recipe import parse_bits
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.steps import StepCursor, StepGrid
 
@@ -80,3 +83,12 @@ def random_model(model: ModelMixin, bits: int = 4, activation_bits: int | None =
     }
     total = sum(layer.macs for layer in layers.values())
     return pack_model(model, layers, grid=GRID, modules_to_not_convert={}, total_macs=total, recipe={"name": "random"})
+
+
+def some_bits(method: Method) -> str:
+    """Bits that suit ``method``."""
+    for bits in ("W4A4", "W1.1A4", "W1A4"):
+        with suppress(ValueError):
+            method.weights.layer_bits(parse_bits(bits)[0])
+            return bits
+    raise AssertionError(f"no bits suit {method.name}")

@@ -15,9 +15,9 @@ SSIM_WINDOW = 11
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, from the squared error over all pairs; infinite for equal images."""
-    error = (a.double() - b.double()).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    """Peak signal-to-noise ratio in dB, the mean over the pairs; infinite when a pair is equal."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return float((10 * torch.log10(255**2 / error)).mean())
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
