@@ -1,0 +1,72 @@
+"""Recipes: names, files, efforts, overrides, and what a mistyped one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from packed import some_bits
+
+from bitstep.errors import UsageError
+from bitstep.methods import METHODS
+from bitstep.methods.base import UniformWeights
+from bitstep.recipe import parse_bits, resolve
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("effort", ["quick", "standard", "full"])
+def test_every_method_resolves_at_every_effort(name: str, effort: str) -> None:
+    assert resolve(name, some_bits(METHODS[name]), effort).method.name == name  # type: ignore[arg-type]
+
+
+def test_full_effort_is_the_published_setting() -> None:
+    (phase,) = resolve("efficientdm", "W4A4", "full").method.training
+    assert (phase.iterations, phase.batch_size) == (16_000, 4)
+
+
+def test_overrides_reach_nested_slots() -> None:
+    recipe = resolve("efficientdm", "W4A8", "full", ["training.0.learning_rates.adapter=0.01", "weights.rank=8"])
+    assert (recipe.weight_bits, recipe.activation_bits) == (4, 8)
+    assert recipe.method.training[0].learning_rates.adapter == 0.01
+    assert isinstance(recipe.method.weights, UniformWeights)
+    assert recipe.method.weights.rank == 8
+
+
+def test_a_file_mixes_slots(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: efficientdm\nweights: {rank: 4, symmetric: false}\n"
+        "layers: {coverage: efficientdm, rules: [{match: '*.to_out.0', weight_bits: 8}]}\n"
+    )
+    method = resolve(path, "W4A4").method
+    assert method.name == "mine"
+    assert method.weights == UniformWeights(rank=4, symmetric=False)
+    assert method.training == METHODS["efficientdm"].training
+    assert method.layers.rules[0].weight_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "overrides", "message"),
+    [
+        ("eficientdm", "W4A4", [], "did you mean 'efficientdm'"),
+        ("efficientdm", "4/4", [], "WxAy"),
+        ("efficientdm", "W9A4", [], "1 to 8"),
+        ("efficientdm", "W4A1", [], "2 to 8"),
+        ("efficientdm", "W1A4", [], "do not suit recipe 'efficientdm'"),
+        ("efficientdm", "W4A4", ["weights.rnk=3"], "did you mean 'rank'"),
+        ("efficientdm", "W4A4", ["wieghts.rank=3"], "did you mean 'weights'"),
+        ("efficientdm", "W4A4", ["weights.rank=-3"], "greater than or equal to 0"),
+        ("efficientdm", "W4A4", ["training.7.iterations=3"], "below 1"),
+        ("efficientdm", "W4A4", ["training.0.objective.kind=trajectry"], "did you mean 'trajectory'"),
+        ("efficientdm", "W4A4", ["weights.rank"], "slot.key=value"),
+        ("nowhere.yaml", "W4A4", [], "cannot read recipe"),
+    ],
+)
+def test_mistakes_get_one_clear_line(recipe: str, bits: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(recipe, bits, "full", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_bits() -> None:
+    assert parse_bits("W1.1A32") == (1.1, 32)

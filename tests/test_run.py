@@ -1,0 +1,188 @@
+"""The whole run: methods x invariants, killed and resumed, and what is left when it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from packed import some_bits
+from pipelines import build
+
+import bitstep
+from bitstep import run
+from bitstep.calls import run as call_denoiser
+from bitstep.errors import BitstepError, UsageError
+from bitstep.methods import METHODS
+from bitstep.runtime.dispatch import set_backend
+from bitstep.stages import finetune
+from bitstep.stages.calibrate import stream
+from bitstep.stages.load import load
+
+TINY = [
+    "calibration.images=4",
+    "calibration.batch_size=2",
+    "calibration.steps=3",
+    "calibration.range_images=2",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("teacher") / "ddim"
+    build("ddim").save_pretrained(folder)
+    return str(folder)
+
+
+def tiny(name: str, **changes: Any) -> dict[str, Any]:
+    """Arguments of a run of method ``name`` that takes a second or two."""
+    phases = range(len(METHODS[name].training))
+    shorter = [f"training.{i}.{key}" for i in phases for key in ("iterations=4", "batch_size=3")]
+    return {"recipe": name, "bits": some_bits(METHODS[name]), "effort": "full", "overrides": TINY + shorter} | changes
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The reference kernel computes bit for bit what the trained student computes."""
+    students = []
+    packed_layers = run.packed_layers
+    monkeypatch.setattr(
+        run,
+        "_pack",
+        lambda source, student, *rest, _pack=run._pack: (students.append(student), _pack(source, student, *rest)),
+    )
+    out = run.quantize(teacher, out=tmp_path / "out", **tiny(name))
+    assert packed_layers is run.packed_layers
+    packed = load(out)
+    set_backend(packed.denoiser, "reference")
+    pool = next(stream(load(teacher), images=3, batch_size=3, steps=5, seed=1))
+    call, _ = pool.batch(torch.arange(0, len(pool), 2))
+    with torch.no_grad():
+        expected = call_denoiser(students[0].denoiser, call)
+        assert torch.equal(call_denoiser(packed.denoiser, call), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.training])
+def test_a_killed_run_resumes_to_the_same_bytes(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = run.quantize(teacher, out=tmp_path / "whole", **tiny(name))
+    monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 0.0)
+    real = finetune.finetune
+
+    def killed(*args: Any) -> Iterator[finetune.Step]:
+        for number, step in enumerate(real(*args)):
+            if number == 6 % (4 * len(METHODS[name].training)):
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(run, "finetune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(teacher, out=tmp_path / "killed", **tiny(name))
+    assert not (tmp_path / "killed").exists()
+    monkeypatch.setattr(run, "finetune", real)
+    with pytest.raises(UsageError, match="unfinished run"):
+        run.quantize(teacher, out=tmp_path / "killed", **tiny(name))
+    with pytest.raises(UsageError, match="another source, seed or recipe"):
+        run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, seed=5))
+    resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name))
+    assert weights(resumed) == weights(whole)
+    assert (resumed / "run" / run.LOSS).read_text() == (whole / "run" / run.LOSS).read_text()
+    assert run.quantize(teacher, out=resumed, resume=True, **tiny(name)) == resumed
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_result_is_an_ordinary_pipeline_folder(teacher: str, tmp_path: Path) -> None:
+    out = bitstep.quantize(teacher, out=tmp_path / "out", **tiny("efficientdm"))
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 3)
+    record = json.loads((out / "run" / run.RUN).read_text())
+    assert record["recipe"]["method"]["name"] == "efficientdm"
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_training_reduces_the_loss_and_pays_against_rounding(tmp_path: Path) -> None:
+    """On the model that comes with the package, a few seconds of EfficientDM beat plain rounding."""
+    small = [
+        "calibration.images=16",
+        "calibration.batch_size=16",
+        "calibration.steps=5",
+        "calibration.range_images=8",
+        "calibration.eta=0.0",
+    ]
+    trained = run.quantize(
+        "demo:fruits32",
+        out=tmp_path / "trained",
+        bits="W4A4",
+        effort="quick",
+        overrides=[*small, "training.0.iterations=30", "training.0.batch_size=4"],
+    )
+    rounded = run.quantize("demo:fruits32", out=tmp_path / "rounded", recipe="mse", bits="W4A4", overrides=small)
+    pool = next(stream(load("demo:fruits32"), images=4, batch_size=4, steps=5, seed=9))
+    call, target = pool.batch(torch.arange(len(pool)))
+
+    def error(folder: Path) -> float:
+        with torch.no_grad():
+            return float((call_denoiser(load(folder).denoiser, call) - target).square().mean())
+
+    assert error(trained) < 0.75 * error(rounded)
+
+
+def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        run.quantize(teacher, out=occupied, **tiny("minmax"))
+    assert (occupied / "precious.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="matches no layer"):
+        run.quantize(
+            teacher,
+            out=tmp_path / "rule",
+            **tiny("minmax", overrides=[*TINY, "layers.rules=[{match: nope}]"]),
+        )
+    assert not (tmp_path / "rule").exists()
+    run.quantize(teacher, out=occupied, overwrite=True, **tiny("minmax"))
+    assert not (occupied / "precious.txt").exists()
+
+
+def test_a_full_disk_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "weights")
+
+    monkeypatch.setattr(run, "_pack", full)
+    with pytest.raises(BitstepError, match="cannot write weights: No space left on device"):
+        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_nan_is_refused(tmp_path: Path) -> None:
+    pipeline = build("ddim")
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0] = torch.nan
+    pipeline.save_pretrained(tmp_path / "broken")
+    with pytest.raises(BitstepError, match="not finite"):
+        run.quantize(str(tmp_path / "broken"), out=tmp_path / "out", **tiny("minmax"))
+
+
+def test_streaming_distillation_needs_no_shuffled_pool(teacher: str, tmp_path: Path) -> None:
+    arguments = tiny("efficientdm")
+    arguments["overrides"] = [*arguments["overrides"], "training.0.objective.order=streaming"]
+    out = run.quantize(teacher, out=tmp_path / "out", **arguments)
+    losses = (out / "run" / run.LOSS).read_text().splitlines()
+    assert len(losses) == 5
+
+
+def test_gradient_checkpointing_changes_nothing(teacher: str, tmp_path: Path) -> None:
+    plain = run.quantize(teacher, out=tmp_path / "plain", **tiny("efficientdm"))
+    arguments = tiny("efficientdm")
+    arguments["overrides"] = [*arguments["overrides"], "training.0.gradient_checkpointing=true"]
+    assert weights(run.quantize(teacher, out=tmp_path / "saved", **arguments)) == weights(plain)

@@ -1,0 +1,89 @@
+"""The plan: which layer gets how many bits, on every kind of denoiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipelines import BUILDERS, build
+from torch import nn
+
+from bitstep.errors import UsageError
+from bitstep.stages.calibrate import stream
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.load import Source
+from bitstep.structure import Structure, trace
+from bitstep.surgery import Plan, Rule, plan
+
+
+def _source(name: str) -> Source:
+    pipeline = build(name)
+    pipeline.set_progress_bar_config(disable=True)
+    return Source(name, pipeline, denoiser_name(pipeline))
+
+
+def _traced(name: str) -> tuple[nn.Module, Structure]:
+    source = _source(name)
+    pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
+    return source.denoiser, trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
+
+
+def _plan(denoiser: nn.Module, structure: Structure, **changes: Any) -> Plan:
+    settings: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "per_step": True, "coverage": "full"}
+    return plan(denoiser, structure, **(settings | changes))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_sensitive_layers_get_eight_bits_on_every_architecture(name: str) -> None:
+    denoiser, structure = _traced(name)
+    layers = {layer.name: layer for layer in _plan(denoiser, structure).layers}
+    first, last = layers[structure.first], layers[structure.last]
+    assert (first.weight_bits, first.activation_bits) == (8, None)
+    assert (last.weight_bits, last.activation_bits) == (8, 8)
+    assert all(layers[name].weight_bits == 8 and not layers[name].trained for name in structure.time_embedding)
+    others = set(layers) - {structure.first, structure.last, *structure.time_embedding}
+    assert {(layers[name].weight_bits, layers[name].activation_bits) for name in others} == {(4, 4)}
+
+
+def test_full_coverage_leaves_only_attention_products() -> None:
+    denoiser, structure = _traced("ddim")
+    decided = _plan(denoiser, structure)
+    attention = sum(site.macs for site in structure.attention)
+    assert sum(layer.macs for layer in decided.layers) == decided.total_macs - attention
+    assert 0.9 < decided.coverage < 1
+
+
+def test_the_papers_coverage_leaves_skips_and_downsampling() -> None:
+    denoiser, structure = _traced("ddim")
+    narrow = _plan(denoiser, structure, coverage="efficientdm")
+    assert {*structure.skip, *structure.downsample} <= set(narrow.left_alone)
+    assert narrow.coverage < _plan(denoiser, structure).coverage
+
+
+def test_later_rules_win_and_unmatched_rules_are_errors() -> None:
+    denoiser, structure = _traced("ddim")
+    rules = (Rule(match="*", type="Conv2d", weight_bits=6), Rule(match="*.conv2", weight_bits=3, activation_bits=8))
+    layers = {layer.name: layer for layer in _plan(denoiser, structure, rules=rules).layers}
+    for name, layer in layers.items():
+        if isinstance(denoiser.get_submodule(name), nn.Conv2d):
+            assert layer.weight_bits == (3 if name.endswith(".conv2") else 6)
+    with pytest.raises(UsageError, match="'nothing_like_it' matches no layer"):
+        _plan(denoiser, structure, rules=(Rule(match="nothing_like_it", skip=True),))
+    with pytest.raises(UsageError, match="no layer is left"):
+        _plan(denoiser, structure, rules=(Rule(match="*", skip=True),))
+
+
+def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
+    source = _source("ddim")
+    source.denoiser.conv_in.padding_mode = "reflect"
+    source.denoiser.conv_in._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
+    structure = trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
+    assert "reflect" in _plan(source.denoiser, structure).left_alone["conv_in"]
+
+
+def test_weight_only_plans_have_no_input_quantizers() -> None:
+    denoiser, structure = _traced("dit")
+    assert {layer.activation_bits for layer in _plan(denoiser, structure, activation_bits=32).layers} == {None}
+    assert torch.is_grad_enabled()
