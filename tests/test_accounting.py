@@ -1,0 +1,133 @@
+"""The numbers of docs/accounting.md: size and operations of a binary LDM-4, as `inspect` reports them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from packed import random_layer
+
+from bitstep.calls import Call
+from bitstep.checkpoint import pack_model
+from bitstep.stages.inspect import inspect
+from bitstep.structure import Structure, trace
+from bitstep.surgery import LayerPlan, Plan, add_bases, plan
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "accounting.md").read_text()
+MEBIBYTE = 2**20
+
+
+def ldm4() -> UNet2DModel:
+    """The UNet of LDM-4 (LSUN-Bedroom, CelebA-HQ), random weights."""
+    with accelerate.init_empty_weights():
+        unet = UNet2DModel(
+            sample_size=64,
+            block_out_channels=(224, 448, 672, 896),
+            layers_per_block=2,
+            attention_head_dim=32,
+            down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
+            up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+        )
+    unet.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.uniform_(-0.02, 0.02, generator=generator)
+    return unet.eval()
+
+
+@cache
+def traced() -> tuple[UNet2DModel, Structure]:
+    unet = ldm4()
+    return unet, trace(unet, Call({"sample": torch.randn(1, 3, 64, 64), "timestep": torch.tensor([500])}))
+
+
+def binary_plan() -> Plan:
+    unet, structure = traced()
+    return plan(unet, structure, weight_bits=1, activation_bits=4, per_step=False, coverage="full")
+
+
+def papers_placement(decided: Plan) -> Plan:
+    """Second bases in every layer at full and half resolution: the first and the last six blocks of the paper."""
+    _, structure = traced()
+    positions = {info.name: info.positions for info in structure.layers}
+    at_the_ends = [
+        replace(layer, bases=2) if layer.weight_bits == 1 and positions[layer.name] >= 32 * 32 else layer
+        for layer in decided.layers
+    ]
+    return replace(decided, layers=tuple(at_the_ends))
+
+
+def packed(decided: Plan, folder: Path) -> dict[str, Any]:
+    """What `inspect` says of the model that the plan describes, with random codes."""
+    unet, _ = traced()
+
+    def layer(item: LayerPlan) -> Any:
+        module = unet.get_submodule(item.name)
+        return random_layer(module, item.weight_bits, item.activation_bits, bases=item.bases)
+
+    model = pack_model(
+        unet,
+        {item.name: replace(layer(item), macs=item.macs) for item in decided.layers},
+        grid=None,
+        modules_to_not_convert=decided.left_alone,
+        total_macs=decided.total_macs,
+        recipe={},
+    )
+    DDIMPipeline(model, DDIMScheduler()).save_pretrained(folder)
+    return inspect(folder)
+
+
+@pytest.mark.slow
+def test_the_papers_accounting(tmp_path: Path) -> None:
+    decided = papers_placement(binary_plan())
+    facts = packed(decided, tmp_path)
+    layers = {layer.name: layer for layer in decided.layers}
+    attention = facts["flops"] - sum(layer.macs for layer in layers.values())
+    _, structure = traced()
+    embedding = sum(layers[name].weights for name in structure.time_embedding)
+    one_bit = [layer for layer in layers.values() if layer.weight_bits == 1]
+    numbers = {
+        "full precision": f"{facts['full_precision_bytes'] / MEBIBYTE:.1f} MiB",
+        "layers": f"{(facts['flops'] - attention) / 1e9:.1f} G",
+        "attention": f"{attention / 1e9:.2f} G",
+        "doubled": f"{sum(x.weights for x in one_bit if x.bases == 2) / sum(x.weights for x in layers.values()):.1%}",
+        "one-bit average": f"{sum(x.weights * x.bases for x in one_bit) / sum(x.weights for x in one_bit):.3f}",
+        "average": f"{facts['average_weight_bits']:.3f}",
+        "on disk": f"{facts['size_bytes'] / MEBIBYTE:.1f} MiB",
+        "compression": f"{facts['compression']:.1f}x",
+        "papers size": f"{(facts['size_bytes'] + 3 * embedding) / MEBIBYTE:.1f} MiB",
+        "papers compression": f"{facts['full_precision_bytes'] / (facts['size_bytes'] + 3 * embedding):.1f}x",
+        "ops": f"{facts['ops'] / 1e9:.2f} G",
+        "saving": f"{facts['ops_saving']:.2f}x",
+        "papers ops": f"{(facts['ops'] - attention) / 1e9:.2f} G",
+        "papers saving": f"{(facts['flops'] - attention) / (facts['ops'] - attention):.1f}x",
+    }
+    assert {name: number for name, number in numbers.items() if number not in DOCUMENT} == {}
+    assert float(numbers["papers saving"][:-1]) == pytest.approx(9.3, abs=0.1)
+    assert float(numbers["papers compression"][:-1]) == pytest.approx(24.8, abs=0.4)
+
+
+@pytest.mark.slow
+def test_one_point_one_bits_are_one_point_one(tmp_path: Path) -> None:
+    _, structure = traced()
+    decided = add_bases(binary_plan(), structure, 1.1)
+    facts = packed(decided, tmp_path)
+    attention = facts["flops"] - sum(layer.macs for layer in decided.layers)
+    assert facts["average_weight_bits"] == pytest.approx(decided.average_weight_bits)
+    assert facts["average_weight_bits"] == pytest.approx(1.1, abs=0.001)
+    numbers = (
+        f"{facts['average_weight_bits']:.4f}",
+        f"{facts['size_bytes'] / MEBIBYTE:.1f} MiB",
+        f"{facts['compression']:.1f}x",
+        f"{facts['ops'] / 1e9:.2f} G",
+        f"{facts['ops_saving']:.2f}x",
+        f"{(facts['flops'] - attention) / (facts['ops'] - attention):.1f}x",
+    )
+    assert [number for number in numbers if number not in DOCUMENT] == []
