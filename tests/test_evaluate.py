@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from bitstep.stages.calibrate import stream
 from bitstep.stages.evaluate import extract, load_features, step_error
 from bitstep.stages.sample import save
 
-SAMPLING = {"num": 4, "steps": 3, "seed": 5}
+SAMPLING: dict[str, Any] = {"num": 4, "steps": 3, "seed": 5}
 
 
 def test_a_model_equals_itself(plain_pipeline: Path, feature_network: Path) -> None:

@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recipe", "run"),
     ("api",),
     ("cli", "__init__", "registration"),
+    ("__main__",),
 )
 BESIDE = ("runtime", "checkpoint")  # lean on floor 0 only; the stages may use them
 FILES = sorted((SOURCE / "bitstep").rglob("*.py"))

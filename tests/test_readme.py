@@ -1,0 +1,54 @@
+"""The README's commands and its Python run as they stand there, one after another in one folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bitstep import cli
+from bitstep.methods import METHODS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"<!-- tested: (\w+) -->\n```\w+\n(.*?)```", README, re.DOTALL)
+HURRY = {
+    "quantize": ["--set=calibration.images=4", "--set=calibration.steps=5", "--set=training.0.iterations=3"],
+    "sample": ["--steps=2"],
+    "evaluate": ["--steps=2"],
+}
+
+
+@pytest.fixture
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_quieten_libraries", lambda: None)  # it is for a process, not for a test among others
+
+
+@pytest.mark.usefixtures("_in_an_empty_folder")
+@pytest.mark.parametrize("hurry", [HURRY, pytest.param({}, marks=pytest.mark.slow)], ids=["hurried", "as printed"])
+def test_the_readme_runs(hurry: dict[str, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert {kind for kind, _ in BLOCKS} == {"commands", "python"}
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(block, {})
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "bitstep"
+            with pytest.raises(SystemExit) as exit_:
+                cli.main([*arguments, *hurry.get(arguments[0], [])])
+            assert exit_.value.code == 0, f"{line}\n{capsys.readouterr().err}"
+    assert Path("grid.png").stat().st_size > 0
+    assert Path("fruit.png").stat().st_size > 0
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE)
+    assert sorted(listed) == sorted(METHODS)
+
+
+def test_the_readme_points_at_files_that_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
