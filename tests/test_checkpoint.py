@@ -14,7 +14,8 @@ from pipelines import BUILDERS, build, unet
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitstep.checkpoint import PackedLayer, pack_model
+from bitstep.attention import OPERANDS
+from bitstep.checkpoint import PackedLayer, PackedOperands, pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.stages.generate import denoiser_name, generate_batch
@@ -154,6 +155,7 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path) -> None:
     source = unet()
     layer = random_layer(source.conv_in, 1, 4, bases=2, steps=4)
     mean = random_layer(source.conv_out, 3, None, symmetric=False, dilated=True)
+    operands = {name: (torch.full((4,), 0.1), torch.zeros(4)) for name in OPERANDS}
     packed = pack_model(
         source,
         {"conv_in": layer, "conv_out": mean},
@@ -161,6 +163,7 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path) -> None:
         modules_to_not_convert={"time_embedding.linear_1": "kept by rule"},
         total_macs=10**6,
         recipe={"name": "test", "seed": 0},
+        attention={"mid_block.attentions.0": PackedOperands(operands, 4, 8, 20)},
     )
     packed.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -189,17 +192,20 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path) -> None:
                 "macs": 540,
             },
         },
+        "attention": {"mid_block.attentions.0": {"bits": 4, "probability_bits": 8, "steps": 4, "macs": 20}},
         "modules_to_not_convert": {"time_embedding.linear_1": "kept by rule"},
-        "macs": {"total": 10**6, "quantized": 1080},
+        "macs": {"total": 10**6, "quantized": 1100},
         "recipe": {"name": "test", "seed": 0},
     }
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
         headers = {
             key: (file.get_slice(key).get_dtype(), file.get_slice(key).get_shape())
             for key in file.keys()  # noqa: SIM118
-            if key.startswith(("conv_in.", "conv_out."))
+            if key.startswith(("conv_in.", "conv_out.")) or "attention_operands.probability" in key
         }
     assert headers == {
+        "mid_block.attentions.0.attention_operands.probability_scale": ("F32", [4]),
+        "mid_block.attentions.0.attention_operands.probability_zero_point": ("U8", [4]),
         "conv_in.weight_packed": ("U8", [2, 20, 4]),
         "conv_in.weight_scale": ("F32", [2, 20]),
         "conv_in.input_scale": ("F32", [4]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,27 +49,31 @@ def attention(
 
 
 def intercept(module: nn.Module, transform: Transform) -> tuple[RemovableHandle, RemovableHandle]:
-    """Replace every call of ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it."""
-    running: list[_Interception] = []
+    """Replace every call of ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it.
 
-    def enter(*_: Any) -> None:
-        running.append(_Interception(transform))
-        running[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
-    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+    A ``transform`` that is a part of ``module`` is copied with it.
+    """
+    interception = _Interception(transform)
+    return (
+        module.register_forward_pre_hook(interception.begin),
+        module.register_forward_hook(interception.end, always_call=True),
+    )
 
 
 class _Interception(TorchFunctionMode):
     def __init__(self, transform: Transform) -> None:
         super().__init__()
-        self._replacement = partial(attention, transform)
+        self._transform = transform
+
+    def begin(self, *_: Any) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: Any) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is nn.functional.scaled_dot_product_attention:
-            function = self._replacement
+            return attention(self._transform, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))

@@ -47,7 +47,7 @@ from bitstep.stages.finetune import (
 )
 from bitstep.stages.generate import Sampling
 from bitstep.stages.load import Source, load
-from bitstep.stages.pack import packed_layers
+from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 
@@ -147,6 +147,7 @@ def _fit(
         teacher=teacher,
         student=student.denoiser,
         layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
+        attention=student.attention,
         structure=student.structure,
         cursor=student.cursor,
         pool=pool,
@@ -187,6 +188,7 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
         modules_to_not_convert=student.plan.left_alone,
         total_macs=student.plan.total_macs,
         recipe=recipe.model_dump(mode="json"),
+        attention=packed_attention(student.attention, student.plan),
     )
     setattr(source.pipeline, source.component, packed)
     source.pipeline.register_modules(**{source.component: packed})
@@ -253,7 +255,7 @@ def _versions() -> dict[str, str]:
 
 
 def _save_state(path: Path, context: Context, state: TrainingState) -> None:
-    tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(context.layers).items()}
+    tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(context.trained).items()}
     tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
     tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
     position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
@@ -270,7 +272,7 @@ def _load_state(path: Path, context: Context) -> TrainingState:
         with safe_open(path, "pt") as file:
             position = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        load_trained_tensors(context.layers, _under("trained.", tensors))
+        load_trained_tensors(context.trained, _under("trained.", tensors))
         phase, unit, iteration = (int(position[key]) for key in ("phase", "unit", "iteration"))
         return TrainingState(
             phase, unit, iteration, moments=_under("moments.", tensors), average=_under("average.", tensors)

@@ -52,17 +52,30 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """What becomes of the attention that one module computes; see :class:`LayerPlan`."""
+
+    name: str
+    bits: int
+    probability_bits: int
+    per_step: bool
+    macs: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The quantized layers in execution order, the layers left alone with the reason, and the share of MACs covered."""
+    """The quantized layers and attention, the layers left alone with the reason, and the share of MACs covered."""
 
     layers: tuple[LayerPlan, ...]
     left_alone: Mapping[str, str]
     total_macs: int
+    attention: tuple[AttentionPlan, ...] = ()
 
     @property
     def coverage(self) -> float:
         """Share of the denoiser's multiply-accumulates that run quantized, 0..1."""
-        return sum(layer.macs for layer in self.layers) / self.total_macs
+        macs = sum(layer.macs for layer in self.layers) + sum(site.macs for site in self.attention)
+        return macs / self.total_macs
 
     @property
     def average_weight_bits(self) -> float:
@@ -127,6 +140,12 @@ def plan(
     if not layers:
         raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
     return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def add_attention(plan: Plan, structure: Structure, *, bits: int, probability_bits: int, per_step: bool) -> Plan:
+    """Quantize the operands of every attention in ``structure`` too."""
+    sites = (AttentionPlan(site.name, bits, probability_bits, per_step, site.macs) for site in structure.attention)
+    return replace(plan, attention=tuple(sites))
 
 
 def add_bases(plan: Plan, structure: Structure, average: float) -> Plan:

@@ -6,9 +6,9 @@ from diffusers.quantizers import auto
 
 from bitstep.checkpoint.config import BitstepConfig, Manifest, QuantMethod
 from bitstep.checkpoint.plugin import BitstepQuantizer
-from bitstep.checkpoint.write import PackedLayer, pack_model
+from bitstep.checkpoint.write import PackedLayer, PackedOperands, pack_model
 
-__all__ = ["BitstepConfig", "BitstepQuantizer", "Manifest", "PackedLayer", "pack_model", "register"]
+__all__ = ["BitstepConfig", "BitstepQuantizer", "Manifest", "PackedLayer", "PackedOperands", "pack_model", "register"]
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from bitstep.errors import BitstepError
+from bitstep.runtime.attention import AttentionFormat
 from bitstep.runtime.layers import LayerFormat
 from bitstep.steps import StepGrid
 
@@ -60,8 +61,20 @@ class LayerEntry(_Strict):
         return LayerFormat(**self.model_dump(exclude={"macs"}))
 
 
+class AttentionEntry(_Strict):
+    """The attention of one module: an :class:`~bitstep.runtime.attention.AttentionFormat`, and its MACs."""
+
+    bits: int = Field(ge=1, le=8)
+    probability_bits: int = Field(ge=1, le=8)
+    steps: int = Field(ge=1)
+    macs: int = Field(ge=0, lt=2**63)
+
+    def attention_format(self) -> AttentionFormat:
+        return AttentionFormat(**self.model_dump(exclude={"macs"}))
+
+
 class Macs(_Strict):
-    """Multiply-accumulates of one forward pass at batch 1: all, and those of packed layers."""
+    """Multiply-accumulates of one forward pass at batch 1: all, and those that run quantized."""
 
     total: int = Field(ge=0, lt=2**63)
     quantized: int = Field(ge=0, lt=2**63)
@@ -75,6 +88,7 @@ class Manifest(_Strict):
     compute_dtype: Literal["float32"] = "float32"
     step_grid: Grid | None
     layers: dict[str, LayerEntry]
+    attention: dict[str, AttentionEntry] = {}
     modules_to_not_convert: dict[str, str]
     macs: Macs
     recipe: dict[str, JsonValue]
@@ -82,9 +96,9 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         rows = {0, 1} if self.step_grid is None else {0, 1, len(self.step_grid.grid())}
-        for name, layer in self.layers.items():
-            if layer.steps not in rows:
-                raise ValueError(f"layer {name!r} has {layer.steps} steps, the step grid allows {sorted(rows)}")
+        for name, entry in (self.layers | self.attention).items():
+            if entry.steps not in rows:
+                raise ValueError(f"{name!r} has {entry.steps} steps, the step grid allows {sorted(rows)}")
         return self
 
 

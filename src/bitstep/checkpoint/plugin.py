@@ -12,6 +12,7 @@ from torch import Tensor
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
 from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.attention import NAME, PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.steps import StepCursor
@@ -46,6 +47,10 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, packed_like(modules[name], entry.layer_format(), rows))
             except BitstepError as error:
                 raise BitstepError(f"{name}: {error}") from None
+        for name, attention in manifest.attention.items():
+            if name not in modules:
+                raise BitstepError(f"the checkpoint packs attention in {name!r} which {type(model).__name__} has not")
+            PackedAttention(attention.attention_format(), cursor).attach(modules[name])
         if cursor is not None:
             cursor.attach(model)
 
@@ -54,7 +59,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return missing_keys
 
     def check_if_quantized_param(self, model: ModelMixin, _: Tensor, param_name: str, *__: Any, **___: Any) -> bool:
-        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedModule)
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedModule | PackedAttention)
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
         return True  # create_quantized_param looks at shape, dtype and values together
@@ -72,7 +77,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         tensor = state_dict[param_name]  # param_value was cast to torch_dtype already
         owner, name = param_name.rsplit(".", 1)
         layer = model.get_submodule(owner)
-        assert isinstance(layer, PackedModule)
+        assert isinstance(layer, PackedModule | PackedAttention)
         if why := refusal(layer, name, tensor):
             raise BitstepError(f"{param_name}: {why}")
         setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype))
@@ -87,11 +92,12 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not safe_serialization:
             raise UsageError("packed models are saved as safetensors only: leave safe_serialization on")
-        layers = self.quantization_config.manifest.layers
+        manifest = self.quantization_config.manifest
+        packed = {*manifest.layers, *(f"{name}.{NAME}" for name in manifest.attention)}
 
         def stored(key: str, tensor: Tensor) -> Tensor:
             owner, _, name = key.rpartition(".")
-            return tensor if owner in layers and name != "bias" else narrow(tensor)
+            return tensor if owner in packed and name != "bias" else narrow(tensor)
 
         return {key: stored(key, tensor) for key, tensor in state_dict.items()}, {}
 

@@ -7,32 +7,46 @@ from math import prod
 import torch
 from torch import Tensor
 
+from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.layers import PackedModule
 
 
-def refusal(layer: PackedModule, name: str, tensor: Tensor) -> str | None:
+def refusal(layer: PackedModule | PackedAttention, name: str, tensor: Tensor) -> str | None:
     """Why ``tensor`` cannot be the buffer ``name`` of ``layer``, or None when it can."""
-    expected, layer_format = layer.get_buffer(name), layer.format
+    expected = layer.get_buffer(name)
     if tensor.shape != expected.shape:
         return f"expected the shape {list(expected.shape)}, got {list(tensor.shape)}"
     dtypes = (torch.float32, torch.float16) if name == "bias" else (expected.dtype,)
     if tensor.dtype not in dtypes:
         return f"expected {expected.dtype}, got {tensor.dtype}"
+    if isinstance(layer, PackedAttention):
+        operand, _, table = name.partition("_")
+        return _positive(tensor) if table == "scale" else _within(tensor, layer.format.bits_of(operand))
+    layer_format = layer.format
     match name:
         case "weight_packed":
             used = prod(layer.weight_shape[1:]) * layer_format.weight_bits % 8
             if used and bool((tensor[..., -1] >> used).any()):
                 return "the bits after the last code of a row are not zero"
-        case "weight_zero_point" if int(tensor.max()) >= 2**layer_format.weight_bits:
-            return f"a zero point exceeds {layer_format.weight_bits} bits"
-        case "input_zero_point" if int(tensor.max()) >= 2 ** (layer_format.activation_bits or 0):
-            return f"a zero point exceeds {layer_format.activation_bits} bits"
+        case "weight_zero_point":
+            return _within(tensor, layer_format.weight_bits)
+        case "input_zero_point":
+            return _within(tensor, layer_format.activation_bits or 0)
         case "weight_scale" | "bias" if not bool(tensor.isfinite().all()):
             return "not every value is finite"
         case "input_scale" | "input_channel_reciprocal":
-            if not bool(((tensor > 0) & tensor.isfinite() & tensor.reciprocal().isfinite()).all()):
-                return "not every value is positive and finite, with a finite reciprocal"
+            return _positive(tensor)
     return None
+
+
+def _within(zero_point: Tensor, bits: int) -> str | None:
+    return f"a zero point exceeds {bits} bits" if int(zero_point.max()) >= 2**bits else None
+
+
+def _positive(tensor: Tensor) -> str | None:
+    if bool(((tensor > 0) & tensor.isfinite() & tensor.reciprocal().isfinite()).all()):
+        return None
+    return "not every value is positive and finite, with a finite reciprocal"
 
 
 def narrow(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import accelerate
@@ -11,9 +12,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from bitstep.checkpoint.config import BitstepConfig, Grid, LayerEntry, Macs, Manifest
+from bitstep.checkpoint.config import AttentionEntry, BitstepConfig, Grid, LayerEntry, Macs, Manifest
 from bitstep.checkpoint.plugin import BitstepQuantizer
 from bitstep.numerics.packing import QuantizedWeight, pack
+from bitstep.runtime.attention import NAME
 from bitstep.steps import StepGrid
 
 
@@ -63,6 +65,34 @@ class PackedLayer:
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 
+@dataclass(frozen=True)
+class PackedOperands:
+    """The quantized operands of one module's attention, as training hands them over.
+
+    tables: scale and integer-valued zero point of each of :data:`bitstep.attention.OPERANDS`, ``[T]`` as for a layer
+    bits, probability_bits: of query, key and value, and of the probabilities
+    macs: multiply-accumulates of both matrix products in one forward pass at batch 1
+    """
+
+    tables: Mapping[str, tuple[Tensor, Tensor]]
+    bits: int
+    probability_bits: int
+    macs: int
+
+    def entry(self) -> AttentionEntry:
+        """The module's line in the manifest."""
+        scale, _ = self.tables["query"]
+        return AttentionEntry(bits=self.bits, probability_bits=self.probability_bits, steps=len(scale), macs=self.macs)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors under the names they have on disk."""
+        scales = {f"{NAME}.{name}_scale": scale.detach() for name, (scale, _) in self.tables.items()}
+        return scales | {
+            f"{NAME}.{name}_zero_point": zero_point.detach().to(torch.uint8)
+            for name, (_, zero_point) in self.tables.items()
+        }
+
+
 def pack_model(
     denoiser: ModelMixin,
     layers: Mapping[str, PackedLayer],
@@ -71,6 +101,7 @@ def pack_model(
     modules_to_not_convert: Mapping[str, str],
     total_macs: int,
     recipe: Mapping[str, Any],
+    attention: Mapping[str, PackedOperands] = MappingProxyType({}),
 ) -> ModelMixin:
     """A packed copy of ``denoiser``, equal to what ``from_pretrained`` returns for its ``save_pretrained``.
 
@@ -81,14 +112,17 @@ def pack_model(
     modules_to_not_convert: the layers left in floating point and why
     total_macs: of one forward pass at batch 1
     recipe: how the model was made, anything that JSON holds
+    attention: how the attention that each named module computes is quantized
 
     BitstepError when a layer does not fit the denoiser.
     """
+    parts: dict[str, PackedLayer | PackedOperands] = {**layers, **attention}
     manifest = Manifest(
         step_grid=None if grid is None else Grid(keys=list(grid.keys), unit=grid.unit),
         layers={name: layer.entry() for name, layer in layers.items()},
+        attention={name: operands.entry() for name, operands in attention.items()},
         modules_to_not_convert=dict(modules_to_not_convert),
-        macs=Macs(total=total_macs, quantized=sum(layer.macs for layer in layers.values())),
+        macs=Macs(total=total_macs, quantized=sum(part.macs for part in parts.values())),
         recipe=dict(recipe),
     )
     config = BitstepConfig(**manifest.model_dump())
@@ -98,8 +132,8 @@ def pack_model(
     quantizer.preprocess_model(model)
 
     state = denoiser.state_dict()
-    for name, layer in layers.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in layer.state().items()}
+    for name, part in parts.items():
+        state |= {f"{name}.{key}": tensor for key, tensor in part.state().items()}
     expected = model.state_dict().keys()
     quantizer.update_missing_keys(model, sorted(expected - state.keys()), prefix="")
     for key in expected:

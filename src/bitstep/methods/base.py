@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from bitstep.calls import Call, Pool
 from bitstep.images import TrainingImages
 from bitstep.layers import FakeQuantized
 from bitstep.numerics.uniform import RangeMethod
+from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.slots import Slot, Variant
 from bitstep.steps import StepCursor
@@ -83,6 +84,14 @@ class Activations(Slot):
     range: RangeMethod = "mse"
 
 
+class AttentionOperands(Slot):
+    """Whether scaled dot-product attention is quantized: query, key and value with the bits and ranges of activations,
+    the probabilities with ``probability_bits``."""
+
+    quantized: bool = False
+    probability_bits: Annotated[int, Field(ge=2, le=8)] = 8
+
+
 class Layers(Slot):
     """Which layers are quantized: a named coverage, then the user's rules, later ones winning."""
 
@@ -128,7 +137,7 @@ class Context:
     """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
 
     ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory. ``images`` are the training images
-    that the user gave, if any.
+    that the user gave, if any. ``layers`` and ``attention`` are what is trained, by name.
     """
 
     teacher: nn.Module
@@ -141,6 +150,12 @@ class Context:
     folder: Path
     seed: int
     images: TrainingImages | None = None
+    attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> Mapping[str, nn.Module]:
+        """All modules with parameters to train."""
+        return {**self.layers, **self.attention}
 
     def batch(self, pool: Pool, indices: Tensor) -> tuple[Call, Tensor]:
         """``pool.batch(indices)`` on the student's device; see :meth:`placed`."""
@@ -155,12 +170,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the student trained on its own: its layers, and ``loss(iteration)``, a pure function of the iteration
-    and the parameters, so that a resumed run repeats it exactly."""
+    """A part of the student trained on its own: its layers and attention, and ``loss(iteration)``, a pure function of
+    the iteration and the parameters, so that a resumed run repeats it exactly."""
 
     name: str
     layers: Mapping[str, FakeQuantized]
     loss: Callable[[int], Tensor]
+    attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> Mapping[str, nn.Module]:
+        """All modules with parameters to train."""
+        return {**self.layers, **self.attention}
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -215,6 +236,7 @@ class Method(Slot):
     rewrites: tuple[SerializeAsAny[Rewrite], ...] = ()
     weights: SerializeAsAny[Weights] = UniformWeights()
     activations: Activations = Activations()
+    attention: AttentionOperands = AttentionOperands()
     layers: Layers = Layers()
     calibration: Calibration = Calibration()
     training: tuple[Phase, ...] = ()

@@ -95,7 +95,7 @@ class DiffusionLoss(Objective):
             return (output.float() - target.to(output.device)).square().mean()
 
         if start == 0:
-            yield Unit("denoiser", context.layers, loss)
+            yield Unit("denoiser", context.layers, loss, context.attention)
 
 
 class Mimicking(Technique):

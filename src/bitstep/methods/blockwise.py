@@ -13,7 +13,7 @@ of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitstep.calls import Call, run
 from bitstep.methods.base import Context, Objective, Phase, Unit
 from bitstep.randomness import draw
-from bitstep.structure import blocks
+from bitstep.structure import Block, blocks
 
 
 class BlockwiseDistillation(Objective):
@@ -41,26 +41,28 @@ class BlockwiseDistillation(Objective):
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
         trained = [
-            (block.name, {name: context.layers[name] for name in block.layers if name in context.layers})
-            for block in blocks(context.teacher, context.structure)
+            block for block in blocks(context.teacher, context.structure) if set(block.layers) & set(context.layers)
         ]
-        for name, layers in [(name, layers) for name, layers in trained if layers][start:]:
-            yield self._unit(name, layers, context, phase, indices)
+        for block in trained[start:]:
+            yield _unit(block, context, phase, indices)
 
-    def _unit(self, name: str, layers: Mapping[str, Any], context: Context, phase: Phase, indices: Tensor) -> Unit:
-        rows = _record(name, context, indices, phase.batch_size)
-        block = context.student.get_submodule(name)
 
-        def loss(iteration: int) -> Tensor:
-            chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{name}", iteration)
-            call = context.placed(rows.batch(chosen))
-            args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
-            with context.cursor.at(call.arguments["timestep"]):
-                output = block(*args, **kwargs)
-            pairs = zip(_tensors(output), _tensors(target), strict=True)
-            return torch.stack([(a.float() - b.float()).square().mean() for a, b in pairs]).sum()
+def _unit(block: Block, context: Context, phase: Phase, indices: Tensor) -> Unit:
+    rows = _record(block.name, context, indices, phase.batch_size)
+    module = context.student.get_submodule(block.name)
 
-        return Unit(name, layers, loss)
+    def loss(iteration: int) -> Tensor:
+        chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{block.name}", iteration)
+        call = context.placed(rows.batch(chosen))
+        args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
+        with context.cursor.at(call.arguments["timestep"]):
+            output = module(*args, **kwargs)
+        pairs = zip(_tensors(output), _tensors(target), strict=True)
+        return torch.stack([(a.float() - b.float()).square().mean() for a, b in pairs]).sum()
+
+    layers = {name: context.layers[name] for name in block.layers if name in context.layers}
+    attention = {name: site for name, site in context.attention.items() if f"{name}.".startswith(f"{block.name}.")}
+    return Unit(block.name, layers, loss, attention)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class TrajectoryDistillation(Objective):
             return distance(run(context.student, call), target, pool.guidance)
 
         if start == 0:
-            yield Unit("denoiser", context.layers, loss)
+            yield Unit("denoiser", context.layers, loss, context.attention)
 
 
 def distance(output: Tensor, target: Tensor, guidance: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.cpu import Before, Convolution, attention, group_norm
 from bitstep.runtime.layers import PackedModule
 
@@ -80,6 +81,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         return (
             type(block.processor) is AttnProcessor2_0
             and not any(unknown)
+            and not any(isinstance(child, PackedAttention) for child in block.children())
             and (block.group_norm is None or isinstance(block.group_norm, nn.GroupNorm))
             and _native(block.to_q, block.to_k, block.to_v, block.to_out[0])
         )

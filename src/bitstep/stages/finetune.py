@@ -57,10 +57,10 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
         for unit in phase.objective.units(context, phase, state.unit):
             for technique in phase.techniques:
                 unit = technique.applied(unit, context, phase)
-            state.optimizers = optimizers(unit.layers, phase)
+            state.optimizers = optimizers(unit.trained, phase)
             restore_moments(state)
             if phase.ema and not state.average:
-                state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.layers).items()}
+                state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.trained).items()}
             while state.iteration < phase.iterations:
                 schedule = _decay(phase, state.iteration)
                 for optimizer in state.optimizers:
@@ -78,21 +78,21 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
                 for optimizer in state.optimizers:
                     optimizer.step()
                 if phase.ema:
-                    _average(state, unit.layers, phase.ema)
+                    _average(state, unit.trained, phase.ema)
                 state.iteration += 1
                 yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
             if phase.ema:
-                load_trained_tensors(unit.layers, state.average)
+                load_trained_tensors(unit.trained, state.average)
             state.unit, state.iteration, state.optimizers, state.average = state.unit + 1, 0, (), {}
         state.phase, state.unit = state.phase + 1, 0
 
 
-def optimizers(layers: Mapping[str, FakeQuantized], phase: Phase) -> tuple[Optimizer, ...]:
+def optimizers(modules: Mapping[str, nn.Module], phase: Phase) -> tuple[Optimizer, ...]:
     """AdamW for weights and scales, row-sparse Adam for per-timestep tables (unless ``phase.dense_adam``)."""
     dense: list[dict[str, Any]] = []
     tables: dict[tuple[str, int], list[nn.Parameter]] = {}
-    for layer in layers.values():
-        for role, parameters in roles(layer).items():
+    for module in modules.values():
+        for role, parameters in roles(module).items():
             rate = getattr(phase.learning_rates, role)
             if not rate or not parameters:
                 continue
@@ -100,7 +100,7 @@ def optimizers(layers: Mapping[str, FakeQuantized], phase: Phase) -> tuple[Optim
                 tables.setdefault((role, len(parameters[0])), []).extend(parameters)
                 continue
             relative = role in ("adapter", "weight")
-            peak = rate * float(layer.weight_quantizer.step_size()) if relative else rate
+            peak = rate * float(_weight_step(module)) if relative else rate
             decay = phase.weight_decay if relative else 0.0  # decaying a log scale would pull every step size to 1
             dense.append({"params": parameters, "peak_lr": peak, "lr": peak, "weight_decay": decay})
     sparse = []
@@ -115,17 +115,22 @@ def optimizers(layers: Mapping[str, FakeQuantized], phase: Phase) -> tuple[Optim
     return tuple(built)
 
 
-def roles(layer: FakeQuantized) -> dict[str, list[nn.Parameter]]:
-    """The layer's trainable parameters by role (the fields of :class:`LearningRates`)."""
+def roles(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of a layer or of attention by role (the fields of :class:`LearningRates`)."""
     found: dict[str, list[nn.Parameter]] = {role: [] for role in LearningRates.model_fields}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             found[_role(name)].append(parameter)
     return found
 
 
+def _weight_step(module: nn.Module) -> Tensor:
+    assert isinstance(module, FakeQuantized)  # attention has no weights
+    return module.weight_quantizer.step_size()
+
+
 def _role(name: str) -> str:
-    if name.startswith("input_quantizer."):
+    if name.startswith(("input_quantizer.", "operands.")):
         return "activation_scale" if name.endswith("log_scale") else "activation_zero_point"
     if name.startswith("weight_quantizer.source."):
         return "weight" if name.endswith(".weight") else "adapter"
@@ -158,10 +163,10 @@ def restore_moments(state: TrainingState) -> None:
 
 
 @torch.no_grad()
-def _average(state: TrainingState, layers: Mapping[str, FakeQuantized], decay: float) -> None:
+def _average(state: TrainingState, modules: Mapping[str, nn.Module], decay: float) -> None:
     # early on the average follows quickly, or it would remember the untrained start
     decay = min(decay, (1 + state.iteration) / (10 + state.iteration))
-    current = trained_tensors(layers)
+    current = trained_tensors(modules)
     torch._foreach_lerp_(list(state.average.values()), [current[name] for name in state.average], 1 - decay)
 
 
@@ -170,18 +175,18 @@ def _decay(phase: Phase, iteration: int) -> float:
     return left if phase.decay == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 
-def trained_tensors(layers: Mapping[str, FakeQuantized]) -> dict[str, Tensor]:
+def trained_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The parameters that training may have changed, by name; what a saved state holds besides the moments."""
     return {
         f"{name}.{key}": parameter
-        for name, layer in layers.items()
-        for key, parameter in layer.named_parameters()
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
         if parameter.requires_grad
     }
 
 
 @torch.no_grad()
-def load_trained_tensors(layers: Mapping[str, FakeQuantized], saved: Mapping[str, Tensor]) -> None:
+def load_trained_tensors(modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`trained_tensors`."""
-    for name, parameter in trained_tensors(layers).items():
+    for name, parameter in trained_tensors(modules).items():
         parameter.copy_(saved[name])

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from bitstep.checkpoint import PackedLayer
+from bitstep.checkpoint import PackedLayer, PackedOperands
 from bitstep.layers import FakeQuantized
+from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.surgery import Plan
 
 
@@ -29,3 +30,12 @@ def packed_layers(layers: Mapping[str, FakeQuantized], plan: Plan) -> dict[str, 
             macs=macs[name],
         )
     return packed
+
+
+@torch.no_grad()
+def packed_attention(attention: Mapping[str, AttentionQuantizer], plan: Plan) -> dict[str, PackedOperands]:
+    """What the packed model stores for every quantized attention."""
+    return {
+        site.name: PackedOperands(attention[site.name].tables(), site.bits, site.probability_bits, site.macs)
+        for site in plan.attention
+    }

@@ -9,21 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitstep.attention import OPERANDS, intercept
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, Rewrite, UniformWeights
 from bitstep.numerics.dilation import DilationStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
-from bitstep.stages.ranges import observe
+from bitstep.quantizers.attention import AttentionQuantizer
+from bitstep.stages.ranges import Observed, observe
 from bitstep.steps import StepCursor, StepGrid
 from bitstep.structure import Structure, trace
-from bitstep.surgery import LayerPlan, Plan, operate, plan
+from bitstep.surgery import AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
 
 
 @dataclass(frozen=True)
 class Student:
     """A fake-quantized copy of the teacher, ready to train or to pack.
 
+    attention: quantizers of attention operands, by the module that computes it
     rewritten: what the method's rewrites did to every layer that they changed
     """
 
@@ -32,6 +35,7 @@ class Student:
     plan: Plan
     structure: Structure
     cursor: StepCursor
+    attention: dict[str, AttentionQuantizer]
     rewritten: dict[str, DilationStatistics]
 
 
@@ -58,11 +62,27 @@ def prepare(
     )
     decided = method.weights.refine(decided, structure, weight_bits)
     names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
-    observed = observe(teacher, pool, names, images=method.calibration.range_images, progress=progress) if names else {}
+    observed = {}
+    if names:
+        if method.attention.quantized:
+            decided = add_attention(
+                decided,
+                structure,
+                bits=activation_bits,
+                probability_bits=method.attention.probability_bits,
+                per_step=method.activations.per_step,
+            )
+        sites = [site.name for site in decided.attention]
+        images = method.calibration.range_images
+        observed = observe(teacher, pool, names, attention=sites, images=images, progress=progress)
     signed = method.activations.signed
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
     parts = {info.name: info.parts for info in structure.layers}
     rewritten = {}
+
+    def quantizer(seen: Observed, bits: int, per_step: bool) -> ActivationQuantizer:
+        scale, zero_point = seen.range(bits, method.activations.range, per_step=per_step, signed=signed)
+        return ActivationQuantizer(bits, scale, zero_point, cursor, signed=signed)
 
     def build(layer: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
@@ -75,16 +95,26 @@ def prepare(
         if bool((stretch != 1).any()):
             rewritten[layer.name] = statistics(stretch, seen.channel_range)
             weight, seen, reciprocal = stretched(weight, stretch, groups), seen.divided(stretch), 1 / stretch
-        scale, zero_point = seen.range(
-            layer.activation_bits, method.activations.range, per_step=layer.per_step, signed=signed
-        )
-        input_quantizer = ActivationQuantizer(layer.activation_bits, scale, zero_point, cursor, signed=signed)
+        input_quantizer = quantizer(seen, layer.activation_bits, layer.per_step)
         return FakeQuantized(module, weights.build(weight, layer), input_quantizer, reciprocal).to(device)
+
+    def build_attention(site: AttentionPlan) -> AttentionQuantizer:
+        bits = dict.fromkeys(OPERANDS, site.bits) | {"probability": site.probability_bits}
+        return AttentionQuantizer(
+            {
+                operand: quantizer(observed[f"{site.name}.{operand}"], bits[operand], site.per_step)
+                for operand in OPERANDS
+            }
+        ).to(device)
 
     student = copy.deepcopy(teacher)
     layers = operate(student, decided, build)
+    attention = {}
+    for site in decided.attention:
+        attention[site.name] = build_attention(site)
+        intercept(student.get_submodule(site.name), attention[site.name])
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, rewritten)
+    return Student(student, layers, decided, structure, cursor, attention, rewritten)
 
 
 def rewrite(

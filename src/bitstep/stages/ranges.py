@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from bitstep.attention import intercept
 from bitstep.calls import Pool, run
 from bitstep.numerics.uniform import RangeMethod, search_range
 from bitstep.randomness import generator
@@ -21,8 +23,8 @@ VALUES_PER_STEP = 1024
 
 @dataclass(frozen=True)
 class Observed:
-    """A layer's input at T timesteps: a random sample of its values ``[T, n]`` with the channel of each, int64
-    ``[T, n]``, and the true extremes of every channel ``[T, channels]``."""
+    """A tensor, say a layer's input, at T timesteps: a random sample of its values ``[T, n]`` with the channel of each,
+    int64 ``[T, n]``, and the true extremes of every channel ``[T, channels]``."""
 
     values: Tensor
     channels: Tensor
@@ -52,30 +54,42 @@ def observe(
     pool: Pool,
     names: Iterable[str],
     *,
+    attention: Iterable[str] = (),
     images: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Observed]:
-    """Inputs of the named layers at every key timestep.
+    """Inputs of the named layers at every key timestep, and under ``MODULE.OPERAND`` the operands of the attention that
+    the modules ``attention`` compute; of what runs several times in a forward pass, the first.
 
     The denoiser runs once per timestep, on the recorded calls of ``images`` trajectories.
     """
-    names = list(names)
     steps = len(pool.timesteps)
-    layers = {name: denoiser.get_submodule(name) for name in names}
-    observed: dict[str, list[Observed]] = {name: [] for name in names}
+    observed: dict[str, list[Observed]] = {}
     row = 0
 
-    def keep(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(observed[name]) > row:
+    def keep(name: str, x: Tensor) -> None:
+        """``x``: ``[channels, n]``."""
+        rows = observed.setdefault(name, [])
+        if len(rows) > row:
             return
-        x = args[0].detach().float().movedim(channel_axis(layer), 0).flatten(1)
         places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=generator(0, name, row))
         channels = places // x.shape[1]
         values = x[channels.to(x.device), (places % x.shape[1]).to(x.device)]
         low, high = x.aminmax(dim=1)
-        observed[name].append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
+        rows.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
 
-    handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
+    def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        keep(name, args[0].float().movedim(channel_axis(layer), 0).flatten(1))
+
+    def keep_operand(name: str, operand: str, x: Tensor) -> Tensor:
+        keep(f"{name}.{operand}", x.float().reshape(1, -1))
+        return x
+
+    handles: list[RemovableHandle] = []
+    for name in names:
+        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(partial(keep_input, name)))
+    for name in attention:
+        handles.extend(intercept(denoiser.get_submodule(name), partial(keep_operand, name)))
     try:
         for row in range(steps):
             call, _ = pool.batch(pool.indices_at(row)[:images])

@@ -1,0 +1,184 @@
+"""Quantized attention: intercepted whatever the module is called, trained, packed, and the same after loading."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from packed import GRID, random_layer
+from pipelines import build, unet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitstep.attention import OPERANDS, attention, intercept
+from bitstep.calls import run
+from bitstep.checkpoint import PackedOperands, pack_model
+from bitstep.errors import BitstepError
+from bitstep.methods.base import Activations, AttentionOperands, Method
+from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime.dispatch import set_backend
+from bitstep.stages.calibrate import stream
+from bitstep.stages.finetune import roles
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.load import Source
+from bitstep.stages.pack import packed_attention, packed_layers
+from bitstep.stages.prepare import Student, prepare
+
+SITE = "mid_block.attentions.0"
+
+
+def operands(*shape: int, heads: int = 4, keys: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, h, n, 8, generator=generator) for h, n in ((4, 5), (heads, keys), (heads, keys))
+    )
+    return query, key, value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))},
+        {"attn_mask": torch.arange(35).reshape(5, 7) % 3 > 0},
+    ],
+    ids=["plain", "scale", "causal", "bias", "mask"],
+)
+def test_untouched_operands_give_what_torch_gives(options: dict[str, Any]) -> None:
+    query, key, value = operands()
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(attention(lambda _, x: x, query, key, value, **options), expected)
+
+
+def test_grouped_queries() -> None:
+    query, key, value = operands(heads=2)
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(attention(lambda _, x: x, query, key, value, enable_gqa=True), expected)
+
+
+def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
+    class Site(nn.Module):
+        def forward(self, fail: bool = False) -> Tensor:
+            result = F.scaled_dot_product_attention(*operands())
+            if fail:
+                raise RuntimeError("it failed")
+            return result
+
+    seen: list[str] = []
+    site = Site()
+    expected = site()
+
+    def double(operand: str, x: Tensor) -> Tensor:
+        seen.append(operand)
+        return 2 * x if operand == "value" else x
+
+    handles = intercept(site, double)
+    torch.testing.assert_close(site(), 2 * expected)
+    assert tuple(seen) == (*OPERANDS[:3], "probability")
+    with pytest.raises(RuntimeError, match="it failed"):
+        site(fail=True)
+    seen.clear()
+    F.scaled_dot_product_attention(*operands())
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(site(), expected)
+    assert not seen
+
+
+@functools.cache
+def student(name: str, per_step: bool = True) -> tuple[Student, Any]:
+    pipeline = build(name)
+    source = Source(name, pipeline, denoiser_name(pipeline))
+    pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
+    method = Method(
+        name="rounding", activations=Activations(per_step=per_step), attention=AttentionOperands(quantized=True)
+    )
+    return prepare(source.denoiser, pool, method, weight_bits=8, activation_bits=4), pool
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "flux"])
+@pytest.mark.parametrize("per_step", [True, False])
+def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_path: Path) -> None:
+    fitted, pool = student(name, per_step)
+    call, _ = pool.batch([0, 3])  # of two timesteps
+    with torch.no_grad():
+        expected = run(fitted.denoiser, call)
+    assert fitted.attention
+    assert fitted.plan.coverage == pytest.approx(1, abs=0.2)
+    packed = pack_model(
+        fitted.denoiser,
+        packed_layers(fitted.layers, fitted.plan),
+        grid=fitted.cursor.grid,
+        modules_to_not_convert={},
+        total_macs=fitted.plan.total_macs,
+        recipe={},
+        attention=packed_attention(fitted.attention, fitted.plan),
+    )
+    packed.save_pretrained(tmp_path)
+    loaded = type(packed).from_pretrained(tmp_path)
+    for model in (packed, loaded, copy.deepcopy(loaded)):
+        set_backend(model, "reference")
+        with torch.no_grad():
+            torch.testing.assert_close(run(model, call), expected, rtol=1e-4, atol=1e-5)
+    set_backend(loaded)  # nothing fused may lose the rounding
+    with torch.no_grad():
+        error = (run(loaded, call) - expected).norm() / expected.norm()
+    assert error < 0.05
+
+
+def test_operands_are_rounded_at_their_bits_and_timestep_and_learn_as_activations() -> None:
+    fitted, pool = student("ddim")
+    quantizer = fitted.attention[SITE]
+    found = roles(quantizer)
+    assert len(found["activation_scale"]) == len(found["activation_zero_point"]) == len(OPERANDS)
+    x = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    for row, timestep in enumerate(pool.timesteps):
+        for operand, bits in (("query", 4), ("probability", 8)):
+            scale, zero_point = quantizer.tables()[operand]
+            with fitted.cursor.at(timestep), torch.no_grad():
+                expected = fake_quantize(x, scale[row], zero_point[row], bits)
+                assert torch.equal(quantizer(operand, x), expected)
+
+
+def with_attention(**change: Any) -> UNet2DModel:
+    torch.manual_seed(0)
+    source = unet()
+    tables = {name: (torch.full((len(GRID),), 0.05), torch.full((len(GRID),), 3.0)) for name in OPERANDS}
+    part = PackedOperands(tables | change, 4, 8, macs=10)
+    layers = {"conv_in": random_layer(source.conv_in, 4, 4)}
+    return pack_model(
+        source, layers, grid=GRID, modules_to_not_convert={}, total_macs=100, recipe={}, attention={SITE: part}
+    )
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        (torch.full((4,), -1.0), torch.zeros(4)),
+        (torch.ones(4), torch.full((4,), 16.0)),
+        (torch.ones(4, 1), torch.ones(4)),
+    ],
+)
+def test_damaged_tables_are_refused(table: tuple[Tensor, Tensor]) -> None:
+    with_attention()
+    with pytest.raises(BitstepError, match=r"query_(scale|zero_point)"):
+        with_attention(query=table)
+
+
+def test_softmax_rows_still_sum_to_about_one() -> None:
+    query, key, value = operands()
+
+    def at_eight_bits(operand: str, x: Tensor) -> Tensor:
+        return fake_quantize(x, torch.tensor(1 / 255), torch.tensor(0.0), 8) if operand == "probability" else x
+
+    constant = torch.ones_like(value)
+    rows = attention(at_eight_bits, query, key, constant)
+    assert math.isclose(float(rows.mean()), 1, abs_tol=0.01)
