@@ -267,9 +267,9 @@ class Attention {
 
 }  // namespace
 
-void attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v, float* y,
-               int threads) {
-  if (shape->keys > 0) Attention(*shape).run(q, k, v, y, threads);
+void attend(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
+            int threads) {
+  if (shape.keys > 0) Attention(shape).run(q, k, v, y, threads);
 }
 
 }  // namespace BITSTEP_CLONE

@@ -1,8 +1,7 @@
 // The C interface of the native CPU runtime.
 //
-// Activations are NHWC: fp32 [batch, height, width, channels], or codes u8 [batch, height + 2 pad_h, width + 2 pad_w,
-// padded_channels] whose border and padding channels hold the zero point. A linear layer is a 1x1 convolution of
-// height 1. One (scale, zero point) serves the batch (rows 1) or each sample has its own (rows = batch).
+// Activations are fp32 NHWC [batch, height, width, channels]. A linear layer is a 1x1 convolution of height 1. One
+// (scale, zero point) serves the batch (rows 1) or each sample has its own (rows = batch).
 #pragma once
 
 #include <stdint.h>
@@ -24,12 +23,13 @@ typedef struct {
 
 // What is done to activations before they become codes: normalization, then activation(x * gain + shift).
 typedef struct {
-  int32_t layer_norm;   // normalize each pixel's channels to mean 0 and variance 1
-  float eps;            // added to that variance
-  const float* gain;    // [rows][channels] or null (1)
-  const float* shift;   // [rows][channels] or null (0)
-  int32_t rows;         // 1 or batch
-  int32_t activation;   // 0 none, 1 SiLU, 2 GELU (tanh)
+  int32_t normalization;  // to mean 0 and variance 1: 0 none, 1 each pixel's channels, 2 each group of a sample's channels
+  int32_t groups;
+  float eps;              // added to that variance
+  const float* gain;      // [rows][channels] or null (1)
+  const float* shift;     // [rows][channels] or null (0)
+  int32_t rows;           // 1 or batch; 1 with groups
+  int32_t activation;     // 0 none, 1 SiLU, 2 GELU (tanh)
 } bitstep_prologue;
 
 // What is done to a convolution's output: residual + gain * (y + bias).
@@ -40,6 +40,8 @@ typedef struct {
   const float* residual;  // the output's shape, or null; may be the output itself
 } bitstep_epilogue;
 
+// The layer's input. Its codes are u8 [batch, height + 2 pad_h, width + 2 pad_w, padded_channels]; the border and the
+// padding channels hold the zero point.
 typedef struct {
   int32_t batch, height, width, channels;
   int32_t padded_channels;  // channels rounded up to the layer's granule
@@ -80,15 +82,10 @@ BITSTEP_API const char* const* bitstep_instruction_sets(void);
 // Use one of them from now on; nonzero if it is not offered.
 BITSTEP_API int bitstep_use(const char* instruction_set);
 
-// x fp32 -> codes, with the border; prologue may be null.
-BITSTEP_API void bitstep_quantize(const bitstep_map* map, const bitstep_prologue* prologue, const bitstep_step* step,
-                                  const float* x, uint8_t* codes, int threads);
-// codes -> y fp32 [batch, out_h, out_w, out_channels].
-BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
-                                     const uint8_t* codes, const bitstep_epilogue* epilogue, float* y, int threads);
-// Group normalization of x as a gain and a shift per sample and channel, both [batch, channels].
-BITSTEP_API void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const float* weight,
-                                    const float* bias, const float* x, float* gain, float* shift, int threads);
+// x -> codes -> y [batch, out_h, out_w, out_channels]; prologue may be null.
+BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map,
+                                     const bitstep_prologue* prologue, const bitstep_step* step, const float* x,
+                                     const bitstep_epilogue* epilogue, float* y, int threads);
 // y = softmax(scale q k^T) v, per head.
 BITSTEP_API void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
                                    float* y, int threads);

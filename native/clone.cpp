@@ -3,7 +3,7 @@
 namespace bitstep {
 namespace BITSTEP_CLONE {
 
-const Clone clone = {quantize, convolution, group_norm, attention};
+const Clone clone = {quantize, convolve, group_norm, attend};
 
 }  // namespace BITSTEP_CLONE
 }  // namespace bitstep

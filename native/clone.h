@@ -5,11 +5,24 @@
 
 namespace bitstep {
 
+// x -> codes with their border; the prologue has no groups.
+using Quantize = void(const bitstep_map& map, const bitstep_prologue& prologue, const bitstep_step& step,
+                      const float* x, uint8_t* codes, int threads);
+// codes -> y.
+using Convolve = void(const bitstep_layer& layer, const bitstep_map& map, const bitstep_step& step,
+                      const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads);
+// The prologue's group normalization of x as a gain and a shift, both [batch][channels].
+using GroupNorm = void(const bitstep_map& map, const bitstep_prologue& prologue, const float* x, float* gain,
+                       float* shift, int threads);
+// bitstep_attention.
+using Attend = void(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
+                    int threads);
+
 struct Clone {
-  decltype(&bitstep_quantize) quantize;
-  decltype(&bitstep_convolution) convolution;
-  decltype(&bitstep_group_norm) group_norm;
-  decltype(&bitstep_attention) attention;
+  Quantize* quantize;
+  Convolve* convolve;
+  GroupNorm* group_norm;
+  Attend* attend;
 };
 
 namespace portable { extern const Clone clone; }
@@ -18,10 +31,10 @@ namespace avx512 { extern const Clone clone; }
 
 #ifdef BITSTEP_CLONE
 namespace BITSTEP_CLONE {
-decltype(bitstep_quantize) quantize;
-decltype(bitstep_convolution) convolution;
-decltype(bitstep_group_norm) group_norm;
-decltype(bitstep_attention) attention;
+Quantize quantize;
+Convolve convolve;
+GroupNorm group_norm;
+Attend attend;
 }  // namespace BITSTEP_CLONE
 #endif
 

@@ -306,9 +306,9 @@ class Convolution {
 
 }  // namespace
 
-void convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step, const uint8_t* codes,
-                 const bitstep_epilogue* epilogue, float* y, int threads) {
-  Convolution(*layer, *map, *step).run(codes, *epilogue, y, threads);
+void convolve(const bitstep_layer& layer, const bitstep_map& map, const bitstep_step& step, const uint8_t* codes,
+              const bitstep_epilogue& epilogue, float* y, int threads) {
+  Convolution(layer, map, step).run(codes, epilogue, y, threads);
 }
 
 }  // namespace BITSTEP_CLONE

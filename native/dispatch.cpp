@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "clone.h"
+#include "parallel.h"
 
 namespace bitstep {
 namespace {
@@ -65,24 +66,31 @@ int bitstep_use(const char* instruction_set) {
   return 1;
 }
 
-void bitstep_quantize(const bitstep_map* map, const bitstep_prologue* prologue, const bitstep_step* step,
-                      const float* x, uint8_t* codes, int threads) {
-  current()->quantize(map, prologue, step, x, codes, threads);
-}
-
-void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_step* step,
-                         const uint8_t* codes, const bitstep_epilogue* epilogue, float* y, int threads) {
-  current()->convolution(layer, map, step, codes, epilogue, y, threads);
-}
-
-void bitstep_group_norm(const bitstep_map* map, int groups, float eps, const float* weight, const float* bias,
-                        const float* x, float* gain, float* shift, int threads) {
-  current()->group_norm(map, groups, eps, weight, bias, x, gain, shift, threads);
+void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_prologue* prologue,
+                         const bitstep_step* step, const float* x, const bitstep_epilogue* epilogue, float* y,
+                         int threads) {
+  using bitstep::scratch;
+  using bitstep::Slot;
+  const bitstep::Clone& clone = *current();
+  bitstep_prologue before = prologue ? *prologue : bitstep_prologue{};
+  if (before.groups) {
+    const size_t count = size_t(map->batch) * map->channels;
+    auto* gain = static_cast<float*>(scratch(Slot::kGroupNorm, 2 * count * sizeof(float)));
+    clone.group_norm(*map, before, x, gain, gain + count, threads);
+    before.normalization = 0;
+    before.gain = gain;
+    before.shift = gain + count;
+    before.rows = map->batch;
+  }
+  const size_t pixels = size_t(map->batch) * (map->height + 2 * map->pad_h) * (map->width + 2 * map->pad_w);
+  auto* codes = static_cast<uint8_t*>(scratch(Slot::kCodes, pixels * map->padded_channels));
+  clone.quantize(*map, before, *step, x, codes, threads);
+  clone.convolve(*layer, *map, *step, codes, *epilogue, y, threads);
 }
 
 void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v, float* y,
                        int threads) {
-  current()->attention(shape, q, k, v, y, threads);
+  current()->attend(*shape, q, k, v, y, threads);
 }
 
 }  // extern "C"

@@ -29,12 +29,12 @@ void moments(const float* x, int64_t pixels, int64_t channels, float* sums, floa
 
 }  // namespace
 
-void group_norm(const bitstep_map* map, int groups, float eps, const float* weight, const float* bias, const float* x,
-                float* gain, float* shift, int threads) {
-  const int64_t channels = map->channels, pixels = int64_t{map->height} * map->width;
+void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const float* x, float* gain, float* shift,
+                int threads) {
+  const int64_t channels = map.channels, pixels = int64_t{map.height} * map.width, groups = prologue.groups;
   const int64_t chunks = (pixels + kChunk - 1) / kChunk, width = channels / groups;
-  auto* parts = static_cast<float*>(scratch(Slot::kRows, map->batch * chunks * 2 * channels * sizeof(float)));
-  parallel_for(map->batch * chunks, threads, [&](int64_t begin, int64_t end) {
+  auto* parts = static_cast<float*>(scratch(Slot::kRows, map.batch * chunks * 2 * channels * sizeof(float)));
+  parallel_for(map.batch * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t sample = part / chunks, first = part % chunks * kChunk;
       float* sums = parts + part * 2 * channels;
@@ -42,7 +42,7 @@ void group_norm(const bitstep_map* map, int groups, float eps, const float* weig
               sums + channels);
     }
   });
-  for (int64_t sample = 0; sample < map->batch; ++sample) {
+  for (int64_t sample = 0; sample < map.batch; ++sample) {
     for (int64_t group = 0; group < groups; ++group) {
       double total = 0, squares = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -53,11 +53,11 @@ void group_norm(const bitstep_map* map, int groups, float eps, const float* weig
         }
       }
       const double count = static_cast<double>(pixels * width), mean = total / count;
-      const double deviation = std::sqrt(std::max(squares / count - mean * mean, 0.0) + eps);
+      const double deviation = std::sqrt(std::max(squares / count - mean * mean, 0.0) + prologue.eps);
       for (int64_t c = group * width; c < (group + 1) * width; ++c) {
-        const double g = (weight ? weight[c] : 1) / deviation;
+        const double g = (prologue.gain ? prologue.gain[c] : 1) / deviation;
         gain[sample * channels + c] = static_cast<float>(g);
-        shift[sample * channels + c] = static_cast<float>((bias ? bias[c] : 0) - mean * g);
+        shift[sample * channels + c] = static_cast<float>((prologue.shift ? prologue.shift[c] : 0) - mean * g);
       }
     }
   }

@@ -85,16 +85,14 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
 
 }  // namespace
 
-void quantize(const bitstep_map* map, const bitstep_prologue* prologue, const bitstep_step* step, const float* x,
+void quantize(const bitstep_map& map, const bitstep_prologue& prologue, const bitstep_step& step, const float* x,
               uint8_t* codes, int threads) {
   static constexpr decltype(&quantize_map<kNone, false>) kMaps[3][2] = {
       {quantize_map<kNone, false>, quantize_map<kNone, true>},
       {quantize_map<kSilu, false>, quantize_map<kSilu, true>},
       {quantize_map<kGelu, false>, quantize_map<kGelu, true>},
   };
-  const bitstep_prologue plain{};
-  const bitstep_prologue& before = prologue ? *prologue : plain;
-  kMaps[before.activation][before.layer_norm](*map, before, *step, x, codes, threads);
+  kMaps[prologue.activation][prologue.normalization](map, prologue, step, x, codes, threads);
 }
 
 }  // namespace BITSTEP_CLONE

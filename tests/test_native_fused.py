@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitstep.numerics.packing import pack
 from bitstep.runtime import native
-from bitstep.runtime.cpu import Before, Convolution, CpuKernel, attention, group_norm
+from bitstep.runtime.cpu import Before, Convolution, CpuKernel, attention
 from bitstep.runtime.fused import fuse, fused_blocks
 from bitstep.runtime.layers import LayerFormat, packed_like
 from bitstep.runtime.reference import ReferenceKernel
@@ -90,12 +90,11 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
     nn.init.normal_(norm.bias)
     layer_norm = nn.LayerNorm(channels)
     nn.init.normal_(layer_norm.weight)
+    group = Before(eps=norm.eps, groups=norm.num_groups, gain=norm.weight, shift=norm.bias, activation=activation)
+    layer_wise = Before(eps=1e-5, gain=layer_norm.weight, shift=layer_norm.bias, activation=activation)
     for before, normal in (
-        (group_norm(x, norm, activation), norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)),
-        (
-            Before(layer_norm=layer_norm.eps, gain=layer_norm.weight, shift=layer_norm.bias, activation=activation),
-            layer_norm(x),
-        ),
+        (group, norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)),
+        (layer_wise, layer_norm(x)),
     ):
         expected = torch.fake_quantize_per_tensor_affine(activations[activation](normal), 0.05, 60, 0, 255)
         steps = ((layer.convolve(x, scale, zero_point, before) - expected) / scale).round().abs()

@@ -8,7 +8,7 @@ from math import prod
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bitstep.numerics.packing import QuantizedWeight
@@ -132,10 +132,6 @@ class Convolution:
         step = native.Step(
             scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
         )
-        codes = torch.empty(
-            batch * (height + 2 * self.padding[0]) * (width + 2 * self.padding[1]) * self.padded_channels,
-            dtype=torch.uint8,
-        )
         y = torch.empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
         epilogue = native.Epilogue(
             _address(self.bias if bias is None else bias),
@@ -143,10 +139,16 @@ class Convolution:
             _address(gain),
             _address(residual),
         )
-        threads = torch.get_num_threads()
-        prologue = before.prologue if before else None
-        lib.bitstep_quantize(grid, prologue, step, x.data_ptr(), codes.data_ptr(), threads)
-        lib.bitstep_convolution(self.layer, grid, step, codes.data_ptr(), epilogue, y.data_ptr(), threads)
+        lib.bitstep_convolution(
+            self.layer,
+            grid,
+            before.prologue if before else None,
+            step,
+            x.data_ptr(),
+            epilogue,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
         return y
 
     def _extent(self, axis: int, size: int) -> int:
@@ -154,51 +156,31 @@ class Convolution:
 
 
 class Before:
-    """What is done to a layer's input before it is quantized: normalization, gain and shift, activation.
-
-    gain, shift: float32 ``[channels]`` or ``[batch, channels]``, or None
-    """
+    """What is done to a layer's input before it is quantized: ``activation(normalize(x) * gain + shift)``."""
 
     def __init__(
         self,
         *,
-        layer_norm: float | None = None,
+        eps: float | None = None,
+        groups: int = 0,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
         activation: Activation = "none",
     ) -> None:
-        """``layer_norm`` is the epsilon of a normalization over channels, None for no normalization."""
+        """``eps`` None means no normalization; otherwise it is over each pixel's channels, or over ``groups`` of them.
+
+        gain, shift: contiguous float32 ``[channels]`` or, without groups, ``[batch, channels]``; None for none
+        """
         self.tensors = (gain, shift)  # kept alive for the addresses
-        rows = max(len(t) if t is not None and t.ndim > 1 else 1 for t in self.tensors)
         self.prologue = native.Prologue(
-            layer_norm is not None,
-            layer_norm or 0.0,
+            0 if eps is None else 2 if groups else 1,
+            groups,
+            eps or 0.0,
             _address(gain),
             _address(shift),
-            rows,
+            max(len(t) if t is not None and t.ndim > 1 else 1 for t in self.tensors),
             ACTIVATIONS.index(activation),
         )
-
-
-def group_norm(x: Tensor, norm: nn.GroupNorm, activation: Activation = "none") -> Before:
-    """The group normalization of ``x``, contiguous float32 NHWC, as what is done to it before it is quantized."""
-    lib = native.library()
-    assert lib is not None
-    batch, height, width, channels = x.shape
-    grid = native.Map(batch, height, width, channels, channels, 0, 0)
-    gain, shift = torch.empty(2, batch, channels)
-    lib.bitstep_group_norm(
-        grid,
-        norm.num_groups,
-        norm.eps,
-        _address(norm.weight),
-        _address(norm.bias),
-        x.data_ptr(),
-        gain.data_ptr(),
-        shift.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return Before(gain=gain, shift=shift, activation=activation)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitstep.runtime.attention import PackedAttention
-from bitstep.runtime.cpu import Before, Convolution, attention, group_norm
+from bitstep.runtime.cpu import Activation, Before, Convolution, attention
 from bitstep.runtime.layers import PackedModule
 
 
@@ -66,9 +66,9 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
             if self.conv1.bias is not None:
                 bias = bias + self.conv1.bias
             bias = bias.expand(len(x), -1).contiguous()
-        h = _run(self.conv1, x, group_norm(x, self.norm1, "silu"), bias=bias)
+        h = _run(self.conv1, x, _group_norm(self.norm1, "silu"), bias=bias)
         residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
-        y = _run(self.conv2, h, group_norm(h, self.norm2, "silu"), residual=residual)
+        y = _run(self.conv2, h, _group_norm(self.norm2, "silu"), residual=residual)
         return _nchw(y) if self.output_scale_factor == 1 else _nchw(y) / self.output_scale_factor
 
 
@@ -100,7 +100,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         is_map = hidden_states.ndim == 4
         x = _nhwc(hidden_states) if is_map else hidden_states.contiguous()
         tokens = x.reshape(len(x), 1, -1, x.shape[-1])
-        before = None if self.group_norm is None else group_norm(tokens, self.group_norm)
+        before = None if self.group_norm is None else _group_norm(self.group_norm)
         y = self.attend(
             tokens, before, context=encoder_hidden_states, residual=tokens if self.residual_connection else None
         )
@@ -244,6 +244,10 @@ def _run(
     return layer.run.convolve(x, *layer.input_rows(x), before, bias=bias, gain=gain, residual=residual)
 
 
+def _group_norm(norm: nn.GroupNorm, activation: Activation = "none") -> Before:
+    return Before(eps=norm.eps, groups=norm.num_groups, gain=norm.weight, shift=norm.bias, activation=activation)
+
+
 def _layer_norm(norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Before:
     """``norm(x) * (1 + scale) + shift``; scale and shift ``[batch, channels]``."""
     gain: Tensor | None = norm.weight
@@ -251,7 +255,7 @@ def _layer_norm(norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor |
     if scale is not None and shift is not None:
         gain = 1 + scale if gain is None else gain * (1 + scale)
         offset = shift if offset is None else offset * (1 + scale) + shift
-    return Before(layer_norm=norm.eps, gain=gain, shift=offset)
+    return Before(eps=norm.eps, gain=gain, shift=offset)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class Prologue(ctypes.Structure):
     """``bitstep_prologue``: what is done to activations before they become codes."""
 
     _fields_ = [
-        ("layer_norm", c_int32),
+        ("normalization", c_int32),
+        ("groups", c_int32),
         ("eps", c_float),
         ("gain", c_void_p),
         ("shift", c_void_p),
@@ -88,10 +89,13 @@ def library() -> ctypes.CDLL | None:
         return None
     lib = ctypes.CDLL(str(path))
     lib.bitstep_instruction_sets.restype = POINTER(c_char_p)
-    grid, step, prologue, epilogue = POINTER(Map), POINTER(Step), POINTER(Prologue), POINTER(Epilogue)
-    lib.bitstep_quantize.argtypes = [grid, prologue, step, c_void_p, c_void_p, c_int]
-    lib.bitstep_convolution.argtypes = [POINTER(Layer), grid, step, c_void_p, epilogue, c_void_p, c_int]
-    lib.bitstep_group_norm.argtypes = [grid, c_int, c_float, *[c_void_p] * 5, c_int]
+    lib.bitstep_convolution.argtypes = [
+        *(POINTER(struct) for struct in (Layer, Map, Prologue, Step)),
+        c_void_p,
+        POINTER(Epilogue),
+        c_void_p,
+        c_int,
+    ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
     # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
     fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
