@@ -31,7 +31,9 @@ from bitstep.methods.binarydm import (
 )
 from bitstep.methods.efficientdm import TrajectoryDistillation
 from bitstep.numerics.lowrank import principal_basis
+from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
+from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
 from bitstep.stages.generate import denoiser_name
@@ -55,6 +57,7 @@ def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> 
         teacher=source.denoiser,
         student=student.denoiser,
         layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
+        attention=student.attention,
         structure=student.structure,
         cursor=student.cursor,
         pool=pool,
@@ -276,15 +279,16 @@ def test_warm_up_goes_from_the_middle_outward_and_to_activations_last() -> None:
 
     def switched(iteration: int) -> tuple[list[bool], list[bool]]:
         unit.loss(iteration)
-        return [layer.quantizes_weight for layer in order], [layer.quantizes_input for layer in order]
+        inputs = [layer.input_quantizer for layer in order if layer.input_quantizer is not None]
+        return [layer.weight_quantizer.enabled for layer in order], [quantizer.enabled for quantizer in inputs]
 
     weights, inputs = switched(2)
     assert 0 < sum(weights) < len(order)
     assert weights == sorted(weights, reverse=True)
     assert not any(inputs)
-    weights, inputs = switched(6)
+    weights, inputs = switched(5)
     assert all(weights)
-    assert 0 < sum(inputs) < len(order)
+    assert 0 < sum(inputs) < len(inputs)
     assert all(switched(8)[1])
     assert switched(2)[0] == switched(2)[0] != switched(8)[0]
 
@@ -292,10 +296,12 @@ def test_warm_up_goes_from_the_middle_outward_and_to_activations_last() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_warm_up_is_over_at_the_last_iteration(share: float) -> None:
     _, context, _ = prepared()
-    for layer in context.layers.values():
-        layer.quantizes_input = False
+    quantizers = [part for part in context.student.modules() if isinstance(part, WeightQuantizer | ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.enabled = False
     unit_of(context, WarmUp(share=share)).loss(PHASE.iterations - 1)
-    assert all(layer.quantizes_weight and layer.quantizes_input for layer in context.layers.values())
+    trained = {id(part) for module in context.trained.values() for part in module.modules()}
+    assert all(quantizer.enabled for quantizer in quantizers if id(quantizer) in trained)
 
 
 def test_an_evolvable_basis_is_pressed_then_dropped() -> None:

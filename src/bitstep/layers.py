@@ -31,8 +31,6 @@ class FakeQuantized(nn.Module):
 
     channel_reciprocal: float32 ``[in]`` or None; the input is multiplied by it before it is quantized (the weight
     holds its inverse: weight dilation).
-
-    A warm-up may set ``quantizes_weight`` and ``quantizes_input`` to False for a while.
     """
 
     bias: Tensor | None
@@ -47,7 +45,6 @@ class FakeQuantized(nn.Module):
     ) -> None:
         super().__init__()
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
-        self.quantizes_weight = self.quantizes_input = True
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.register_buffer("channel_reciprocal", channel_reciprocal)
         self._geometry: dict[str, Any] = {}
@@ -60,12 +57,13 @@ class FakeQuantized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The quantized weight (diffusers reads ``layer.weight.dtype`` in places)."""
-        return self.weight_quantizer.fake() if self.quantizes_weight else self.weight_quantizer.source()
+        quantizer = self.weight_quantizer
+        return quantizer.fake() if quantizer.enabled else quantizer.source()
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         if self.channel_reciprocal is not None:
             trailing = 0 if not self._geometry else x.ndim - 2
             x = x * self.channel_reciprocal.reshape(-1, *[1] * trailing)
-        if self.input_quantizer is not None and self.quantizes_input:
+        if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return self._operation(x, self.weight, self.bias, **self._geometry)

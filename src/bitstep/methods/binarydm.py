@@ -24,6 +24,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import (
     Activations,
+    AttentionOperands,
     Calibration,
     Context,
     LearningRates,
@@ -37,6 +38,7 @@ from bitstep.methods.base import (
 )
 from bitstep.methods.efficientdm import TrajectoryDistillation
 from bitstep.numerics.lowrank import principal_basis
+from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
 from bitstep.randomness import draw, generator
@@ -131,20 +133,22 @@ class Mimicking(Technique):
 
 
 class WarmUp(Technique):
-    """Progressive warm-up: layers turn binary one by one, from the middle of the denoiser outward, then quantize their
-    activations in the same order; all do after ``share`` of the iterations."""
+    """Progressive warm-up: weights turn binary layer by layer, from the middle of the denoiser outward, then
+    activations are quantized in the same order, attention last; all are after ``share`` of the iterations."""
 
     kind: Literal["warm-up"] = "warm-up"
     share: Share = 0.5
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        order = outward(unit.layers, context.structure)
-        pace = self.share * phase.iterations / (2 * len(order))  # iterations from one switch to the next
+        layers = outward(unit.layers, context.structure)
+        quantizers: list[WeightQuantizer | ActivationQuantizer] = [layer.weight_quantizer for layer in layers]
+        for module in [*layers, *unit.attention.values()]:
+            quantizers += [part for part in module.modules() if isinstance(part, ActivationQuantizer)]
+        pace = self.share * phase.iterations / len(quantizers)  # iterations from one to the next
 
         def loss(iteration: int) -> Tensor:
-            for rank, layer in enumerate(order):
-                layer.quantizes_weight = iteration >= int(pace * rank)
-                layer.quantizes_input = iteration >= int(pace * (len(order) + rank))
+            for rank, quantizer in enumerate(quantizers):
+                quantizer.enabled = iteration >= int(pace * rank)
             return unit.loss(iteration)
 
         return replace(unit, loss=loss)
@@ -252,6 +256,7 @@ BINARY_BASELINE = Method(
     name="binary-baseline",
     weights=BinaryWeights(),
     activations=Activations(per_step=False, signed=True, range="lsq"),
+    attention=AttentionOperands(quantized=True),
     calibration=Calibration(images=256, steps=100),
     training=(
         Phase(

@@ -16,7 +16,11 @@ class ActivationQuantizer(nn.Module):
     Forward: the row of each sample's timestep, then :func:`bitstep.numerics.uniform.fake_quantize`. Scales are learned
     as logarithms (role ``activation_scale``), zero points are rounded with a straight-through gradient (role
     ``activation_zero_point``), or fixed for ``signed`` codes (LSQ). A batch may mix timesteps.
+
+    A warm-up sets ``enabled`` to False for a while; values then pass as they are.
     """
+
+    enabled = True
 
     def __init__(
         self, bits: int, scale: Tensor, zero_point: Tensor, cursor: StepCursor, *, signed: bool = False
@@ -32,6 +36,8 @@ class ActivationQuantizer(nn.Module):
             self.zero_point = nn.Parameter(zero_point.clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
         scale, zero_point = self.tables()
         if len(scale) > 1:
             position = self.cursor.position

@@ -60,9 +60,13 @@ class MergedLoRA(WeightSource):
 
 
 class WeightQuantizer(nn.Module, ABC):
-    """Turns a source's weight into codes. ``fake()`` equals ``codes().dequantize()`` bit for bit."""
+    """Turns a source's weight into codes. ``fake()`` equals ``codes().dequantize()`` bit for bit.
+
+    A warm-up sets ``enabled`` to False for a while; the layer then uses the source's weight as it is.
+    """
 
     source: WeightSource
+    enabled = True
 
     @abstractmethod
     def fake(self) -> Tensor:
