@@ -46,9 +46,13 @@ from bitstep.surgery import add_bases
 PHASE = BINARYDM.training[0].model_copy(update={"iterations": 10, "batch_size": 2, "techniques": ()})
 
 
-def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> tuple[Student, Context, Pool]:
+def _source(name: str) -> Source:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    return Source(name, pipeline, denoiser_name(pipeline))
+
+
+def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> tuple[Student, Context, Pool]:
+    source = _source(name)
     source.denoiser.requires_grad_(False)
     pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
     method = BINARYDM.model_copy(update={"weights": BinaryWeights(evolvable=evolvable)})
@@ -369,3 +373,29 @@ def test_data_is_a_folder_of_pictures_and_mosaics(mosaics: Path, tmp_path: Path)
     Image.new("RGB", (9, 9)).save(mosaics / "c.png")
     with pytest.raises(BitstepError, match="9x9 pixels is no mosaic of 8x8 tiles"):
         quantize("odd", data=mosaics)
+
+
+def test_binarydm_beats_plain_binarization() -> None:
+    """Equal iterations on recorded trajectories, error on others: untrained > single basis, plain loss > BinaryDM."""
+    trajectories = prepared()[2]
+    unseen = next(stream(_source("ddim"), images=8, batch_size=8, steps=4, seed=9))
+    phase = PHASE.model_copy(
+        update={
+            "iterations": 40,
+            "batch_size": 8,
+            "learning_rates": LearningRates(weight=0.02, weight_scale=0.02, activation_scale=0.02),
+        }
+    )
+
+    def error(bits: float, *phases: Phase) -> float:
+        student, context, _ = prepared(bits=bits)
+        for _ in finetune(replace(context, pool=trajectories), phases, TrainingState()):
+            pass
+        call, target = context.batch(unseen, torch.arange(len(unseen)))
+        with torch.no_grad():
+            return (call_denoiser(student.denoiser, call) - target).square().mean().item()
+
+    techniques = (WarmUp(share=0.2), Mimicking(weight=0.01))
+    untrained, plain = error(1), error(1, phase)
+    assert plain < 0.7 * untrained
+    assert error(1.8, phase.model_copy(update={"techniques": techniques})) < 0.9 * plain
