@@ -50,7 +50,7 @@ def errors(outcome: Outcome) -> list[str]:
 def test_sample(bitstep: Run, plain_pipeline: Path, tmp_path: Path) -> None:
     out = tmp_path / "images.npz"
     outcome = bitstep("sample", plain_pipeline, "--num", 3, "--steps", 2, "--seed", 1, "--out", out)
-    assert outcome.code == 0
+    assert (outcome.code, outcome.err) == (0, "")
     assert np.load(out)["images"].shape == (3, 8, 8, 3)
 
 
@@ -100,6 +100,7 @@ def test_benchmark_takes_several_precisions(
         (["sample", "demo:fruits32", "--num", "0", "--out", "a.png"], 2, "'--num'"),
         (["sample", "demo:fruits32", "--out", "a.gif"], 2, "expected a name that ends in .png or .npz"),
         (["sample", "nowhere", "--out", "a.png"], 1, "nowhere does not exist"),
+        (["sample", "demo:fruits32", "--prompts", "none.txt", "--out", "a.png"], 2, "cannot read prompts none.txt"),
         (["benchmark", "folder", "fp32"], 2, "unexpected argument 'fp32'"),
         (["quantize", "demo:fruits32", "--recipe", "efficentdm", "--out", "out"], 2, "efficientdm"),
         (["quantize", "demo:fruits32", "--bits", "W9A4", "--out", "out"], 2, "W9A4"),

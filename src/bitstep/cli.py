@@ -122,7 +122,7 @@ def sample(
             seed=seed,
             out=out,
             batch_size=batch_size,
-            prompts=_lines(prompts),
+            prompts=prompts,
             backend=backend,
             device=device,
             progress=progress,
@@ -182,7 +182,7 @@ def evaluate(
             batch_size=batch_size,
             features=features,
             tile=tile,
-            prompts=_lines(prompts),
+            prompts=prompts,
             backend=backend,
             device=device,
             progress=progress,
@@ -289,10 +289,6 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-
-
-def _lines(path: Path | None) -> list[str] | None:
-    return None if path is None else [line for line in path.read_text().splitlines() if line.strip()]
 
 
 def _write(numbers: Mapping[str, Any], path: Path | None) -> None:

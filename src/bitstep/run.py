@@ -45,7 +45,7 @@ from bitstep.stages.finetune import (
     moments,
     trained_tensors,
 )
-from bitstep.stages.generate import Sampling
+from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
@@ -78,7 +78,7 @@ def quantize(
     """
     out = Path(out)
     resolved = resolve(recipe, bits, effort, overrides)
-    texts = _read_prompts(prompts)
+    texts = read_prompts(prompts)
     if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
         raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
     identity = {
@@ -336,18 +336,6 @@ class _Report:
                 progress.update(task, completed=done, total=total, note=note)
 
             yield update
-
-
-def _read_prompts(path: str | Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise UsageError(f"cannot read prompts {path}: {error.strerror}") from error
-    if not any(lines):
-        raise UsageError(f"{path} holds no prompts: expected one a line")
-    return [line for line in lines if line]
 
 
 def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:

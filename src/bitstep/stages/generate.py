@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
@@ -35,6 +36,19 @@ PROMPTS = (
 )
 
 DENOISERS = ("unet", "transformer")
+
+
+def read_prompts(path: str | Path | None) -> list[str] | None:
+    """The lines of a text file that say something; None where no file is given."""
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise UsageError(f"cannot read prompts {path}: {error.strerror}") from error
+    if not any(lines):
+        raise UsageError(f"{path} holds no prompts: expected one a line")
+    return [line for line in lines if line]
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:

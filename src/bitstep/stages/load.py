@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import logging
 from torch import nn
 
 from bitstep.errors import BitstepError
@@ -45,10 +48,11 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     name = str(source)
     folder = _demo(name.removeprefix("demo:")) if name.startswith("demo:") else _locate(name)
     try:
-        if (folder / "model_index.json").is_file():
-            pipeline = _load_pipeline(folder, dtype)
-        else:
-            pipeline = _load_component(folder, dtype)
+        with _without_progress_bar():
+            if (folder / "model_index.json").is_file():
+                pipeline = _load_pipeline(folder, dtype)
+            else:
+                pipeline = _load_component(folder, dtype)
         component = denoiser_name(pipeline)
         pipeline.to(device)
     except BitstepError:
@@ -123,6 +127,18 @@ def _config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BitstepError(f"{path} is not valid JSON: {error}") from error
     return config
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """diffusers shows one for reading files of a second; a download has its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
