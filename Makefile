@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SANITIZED := build/sanitized
 # several processes with one thread each: the tests are many and small
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
@@ -17,6 +18,15 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "slow or not slow"
+
+# The sanitizers' runtimes must come before Python's own libraries; what Python itself never frees is no leak of ours.
+test-native-asan: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt cmake
+	$(BIN)/cmake -S native -B $(SANITIZED) -DBITSTEP_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 BITSTEP_NATIVE_LIBRARY=$(SANITIZED)/bitstep_cpu.so \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_native.py tests/test_native_fused.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
