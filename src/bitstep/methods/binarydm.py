@@ -247,9 +247,29 @@ def _unconditional(call: Call) -> tuple[str, str]:
     return next(name for name in tensors if name != timestep), timestep
 
 
-def _with_techniques(method: Method, *techniques: Technique) -> Phase:
-    (phase,) = method.training
-    return phase.model_copy(update={"techniques": techniques})
+_SHORT = {
+    # signs flip only where a weight has travelled its own size: a few hundred iterations need large steps
+    "calibration.steps": 50,
+    "training.0.batch_size": 8,
+    "training.0.ema": 0.0,
+    "training.0.learning_rates": {"weight": 2e-2, "weight_scale": 1e-2, "activation_scale": 1e-2},
+}
+_QUICK = {**_SHORT, "calibration.images": 32, "training.0.iterations": 250}
+_STANDARD = {**_SHORT, "calibration.images": 64, "training.0.iterations": 1_200}
+_TECHNIQUES = {"training.0.techniques.0.share": 0.1, "training.0.techniques.1.weight": 1e-2}
+
+
+def _trained_with(*techniques: Technique) -> tuple[Phase, ...]:
+    return (
+        Phase(
+            objective=DiffusionLoss(),
+            techniques=techniques,
+            iterations=200_000,
+            batch_size=64,
+            learning_rates=LearningRates(weight=3e-4, weight_scale=3e-4, activation_scale=3e-4),
+            ema=0.9999,
+        ),
+    )
 
 
 BINARY_BASELINE = Method(
@@ -258,26 +278,27 @@ BINARY_BASELINE = Method(
     activations=Activations(per_step=False, signed=True, range="lsq"),
     attention=AttentionOperands(quantized=True),
     calibration=Calibration(images=256, steps=100),
-    training=(
-        Phase(
-            objective=DiffusionLoss(),
-            iterations=200_000,
-            batch_size=64,
-            learning_rates=LearningRates(weight=1e-3, weight_scale=1e-3, activation_scale=1e-3),
-        ),
-    ),
-    efforts={},
+    training=_trained_with(),
+    efforts={"quick": _QUICK, "standard": _STANDARD},
 )
-"""One basis and the plain loss: what the paper improves on."""
+"""One basis (at W1) and the plain loss: what the paper improves on."""
 
 BINARYDM = BINARY_BASELINE.model_copy(
-    update={"name": "binarydm", "training": (_with_techniques(BINARY_BASELINE, WarmUp(), Mimicking()),)}
+    update={
+        "name": "binarydm",
+        "training": _trained_with(WarmUp(), Mimicking()),
+        "efforts": {"quick": {**_QUICK, **_TECHNIQUES}, "standard": {**_STANDARD, **_TECHNIQUES}},
+    }
 )
 
 BINARYDM_EBB = BINARY_BASELINE.model_copy(
     update={
         "name": "binarydm-ebb",
         "weights": BinaryWeights(evolvable=True),
-        "training": (_with_techniques(BINARY_BASELINE, EvolvableBasis(), Mimicking()),),
+        "training": _trained_with(EvolvableBasis(), Mimicking()),
+        "efforts": {
+            effort: {**settings, "training.0.techniques.1.weight": 1e-2}
+            for effort, settings in BINARY_BASELINE.efforts.items()
+        },
     }
 )
