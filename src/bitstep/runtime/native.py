@@ -16,6 +16,7 @@ import torch  # noqa: F401  (loads the OpenMP runtime that the library works on)
 from bitstep.errors import UsageError
 
 LIBRARY = "bitstep_cpu.so"
+LIBRARY_VARIABLE = "BITSTEP_NATIVE_LIBRARY"  # another build of it
 INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
 
 
@@ -84,7 +85,7 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built. It works on torch's own OpenMP threads."""
     # an editable install has two folders: that of the sources, and that of what was built
     folders = import_module("bitstep.runtime").__path__
-    path = next((path for folder in folders if (path := Path(folder) / LIBRARY).exists()), None)
+    path = os.environ.get(LIBRARY_VARIABLE) or next((p for f in folders if (p := Path(f) / LIBRARY).exists()), None)
     if path is None:
         return None
     lib = ctypes.CDLL(str(path))
