@@ -134,7 +134,8 @@ def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Ca
         packed.weight_scale.copy_(scale[None])
         packed.input_scale.fill_(8 / 2**codes_bits)
         packed.input_zero_point.fill_(2 ** (codes_bits - 1))
-        if packed.bias is not None:
+        if layer.bias is not None:
+            assert packed.bias is not None
             packed.bias.copy_(layer.bias.detach())
         parent, _, child = layer_name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed)

@@ -142,6 +142,16 @@ def test_sums_are_exact_at_every_width(weight_bits: int, bases: int, symmetric: 
     assert_exact(Case(weight_bits=weight_bits, bases=bases, symmetric=symmetric, activation_bits=activation_bits))
 
 
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (4, 4), (8, 8)])
+def test_threads_share_the_work(weight_bits: int, activation_bits: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_exact(Case(weight_bits=weight_bits, activation_bits=activation_bits, channels=(16, 70), size=(9, 11)))
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_exact(case: Case) -> None:
     got, expected = run(case)
     assert got.shape == expected.shape
