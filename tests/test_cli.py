@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,11 +153,9 @@ try:
 finally:
     assert not {{"torch", "diffusers"}} & sys.modules.keys()
 """
-    start = time.monotonic()
     done = run_python(script)
     assert done.returncode == (2 if arguments == ["quantize"] else 0), done.stderr
     assert "Assertion" not in done.stderr
-    assert time.monotonic() - start < 10  # a loaded machine; alone it is a fraction of a second
 
 
 def test_plain_diffusers_loads_packed_folders(packed_pipeline: Path) -> None:
