@@ -18,7 +18,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitstep.methods.base import Activations, Calibration, LearningRates, Method, Phase, Rewrite, UniformWeights
+from bitstep.methods.base import (
+    Activations,
+    AttentionOperands,
+    Calibration,
+    LearningRates,
+    Method,
+    Phase,
+    Rewrite,
+    UniformWeights,
+)
 from bitstep.methods.blockwise import BlockwiseDistillation
 from bitstep.numerics.dilation import dilation, range_aware
 
@@ -61,6 +70,7 @@ DILATEQUANT = Method(
     rewrites=(SplitConcatenation(), Dilation()),
     weights=UniformWeights(),
     activations=Activations(per_step=True),
+    attention=AttentionOperands(quantized=True),
     calibration=Calibration(images=256, steps=100),
     training=(
         Phase(
