@@ -42,7 +42,8 @@ def test_sensitive_layers_get_eight_bits_on_every_architecture(name: str) -> Non
     assert (first.weight_bits, first.activation_bits) == (8, None)
     assert (last.weight_bits, last.activation_bits) == (8, 8)
     assert all(layers[name].weight_bits == 8 and not layers[name].trained for name in structure.time_embedding)
-    others = set(layers) - {structure.first, structure.last, *structure.time_embedding}
+    assert all((layers[name].weight_bits, layers[name].activation_bits) == (4, 8) for name in structure.skip)
+    others = set(layers) - {structure.first, structure.last, *structure.time_embedding, *structure.skip}
     assert {(layers[name].weight_bits, layers[name].activation_bits) for name in others} == {(4, 4)}
 
 

@@ -101,7 +101,8 @@ def plan(
 
     Time embedding, first and last layer get 8 bits and no training. The first layer's input, the noisy sample itself,
     stays in floating point: rounding it to 8 bits alone costs more than all other layers together (docs/log.md).
-    ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip
+    Skip connections read the residual stream, which no norm has evened out: their input gets 8 bits, their weight the
+    target bits. ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip
     connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
     """
     sensitive = {structure.first, structure.last, *structure.time_embedding}
@@ -117,6 +118,8 @@ def plan(
         if info.name in sensitive:
             wide = None if bits is None or info.name == structure.first else SENSITIVE_BITS
             layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
+        elif info.name in structure.skip and bits is not None:
+            layer = replace(layer, activation_bits=SENSITIVE_BITS)
         reason = refusal(module)
         if reason is None and coverage == "efficientdm":
             reason = _outside_paper_coverage(info.name, module, structure)

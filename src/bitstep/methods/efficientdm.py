@@ -86,6 +86,6 @@ EFFICIENTDM = Method(
     ),
     efforts={
         "quick": {**_SHORT, "calibration.images": 32, "training.0.iterations": 250},
-        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 1_200},
+        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 600},
     },
 )
