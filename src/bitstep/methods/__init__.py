@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from bitstep.methods.baselines import MINMAX, MSE
+from bitstep.methods.baselines import ADAROUND, LSQ, MINMAX, MSE
+from bitstep.methods.best import BEST
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
 
 METHODS = {
-    method.name: method for method in (MINMAX, MSE, EFFICIENTDM, DILATEQUANT, BINARY_BASELINE, BINARYDM, BINARYDM_EBB)
+    method.name: method
+    for method in (
+        MINMAX,
+        MSE,
+        ADAROUND,
+        LSQ,
+        EFFICIENTDM,
+        DILATEQUANT,
+        BEST,
+        BINARY_BASELINE,
+        BINARYDM,
+        BINARYDM_EBB,
+    )
 }

@@ -126,6 +126,7 @@ class LearningRates(Slot):
 
     adapter: NonNegativeFloat = 0.0
     weight: NonNegativeFloat = 0.0
+    rounding: NonNegativeFloat = 0.0
     weight_scale: NonNegativeFloat = 0.0
     weight_zero_point: NonNegativeFloat = 0.0
     activation_scale: NonNegativeFloat = 0.0

@@ -65,6 +65,18 @@ class SplitConcatenation(Rewrite):
         return (ranges / ranges.min()).repeat_interleave(torch.tensor(parts))
 
 
+_SHORT = {
+    # few iterations a block: everything has to move faster than in the published schedule
+    "calibration.steps": 50,
+    "training.0.batch_size": 16,
+    "training.0.learning_rates": {
+        "weight": 5e-2,
+        "weight_scale": 1e-3,
+        "activation_scale": 1e-2,
+        "activation_zero_point": 2e-2,
+    },
+}
+
 DILATEQUANT = Method(
     name="dilatequant",
     rewrites=(SplitConcatenation(), Dilation()),
@@ -84,13 +96,12 @@ DILATEQUANT = Method(
         ),
     ),
     efforts={
-        "quick": {
-            "calibration": {"images": 16, "steps": 50},
-            "training.0": {"objective": {"samples": 256}, "iterations": 60},
-        },
+        "quick": {**_SHORT, "calibration.images": 16, "training.0.objective.samples": 128, "training.0.iterations": 20},
         "standard": {
-            "calibration": {"images": 64, "steps": 50},
-            "training.0": {"objective": {"samples": 1024}, "iterations": 200},
+            **_SHORT,
+            "calibration.images": 64,
+            "training.0.objective.samples": 1024,
+            "training.0.iterations": 120,
         },
     },
 )

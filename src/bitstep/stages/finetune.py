@@ -132,6 +132,8 @@ def _weight_step(module: nn.Module) -> Tensor:
 def _role(name: str) -> str:
     if name.startswith(("input_quantizer.", "operands.")):
         return "activation_scale" if name.endswith("log_scale") else "activation_zero_point"
+    if name == "weight_quantizer.rounding":
+        return "rounding"
     if name.startswith("weight_quantizer.source."):
         return "weight" if name.endswith(".weight") else "adapter"
     return "weight_scale" if name.endswith("log_scale") else "weight_zero_point"
