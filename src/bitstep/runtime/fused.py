@@ -144,7 +144,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     @staticmethod
     def recognises(block: BasicTransformerBlock) -> bool:
         ada = block.norm_type == "ada_norm_zero" and isinstance(block.norm1, AdaLayerNormZero)
-        norms = (block.norm1.norm if ada else block.norm1, block.norm3)
+        norms = (block.norm1.norm if ada else block.norm1, getattr(block, "norm3", None))
         net = block.ff.net
         return (
             (ada or block.norm_type == "layer_norm")
