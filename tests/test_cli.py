@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import bitstep as bitstep_package
 from bitstep import api, cli
@@ -89,6 +91,20 @@ def test_benchmark_takes_several_precisions(
     assert outcome.code == 0
     assert list(asked["against"]) == ["fp32", "bf16"]
     assert json.loads((tmp_path / "numbers.json").read_text())["rows"][0]["median_ms"] == 1.5
+
+
+def test_demo_shows_both_recipes(
+    bitstep: Run, packed_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.arange(4 * 12 * 12 * 3).reshape(4, 12, 12, 3).to(torch.uint8)
+    monkeypatch.setattr(api, "sample", lambda source, seed: images + (source == packed_pipeline))
+    monkeypatch.setattr(api, "quantize", lambda *_, out, **__: out.mkdir(parents=True) or packed_pipeline)
+    outcome = bitstep("demo", "--out", tmp_path / "demo")
+    assert outcome.code == 0, outcome.err
+    assert "minmax" in outcome.out
+    assert "efficientdm" in outcome.out
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert picture.width > 900
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def quantize(
     data: Annotated[Path | None, typer.Option(help="Folder of training images, for recipes that use data.")] = None,
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    device: Device = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to run; CUDA where there is one, if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
