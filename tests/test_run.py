@@ -21,7 +21,8 @@ from bitstep.methods import METHODS
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
-from bitstep.stages.load import load
+from bitstep.stages.load import Source, load
+from bitstep.stages.prepare import Student
 
 TINY = [
     "calibration.images=4",
@@ -52,15 +53,15 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The reference kernel computes bit for bit what the trained student computes."""
-    students = []
-    packed_layers = run.packed_layers
-    monkeypatch.setattr(
-        run,
-        "_pack",
-        lambda source, student, *rest, _pack=run._pack: (students.append(student), _pack(source, student, *rest)),
-    )
+    students: list[Student] = []
+    pack = run._pack
+
+    def watched(source: Source, student: Student, *rest: Any) -> None:
+        students.append(student)
+        pack(source, student, *rest)
+
+    monkeypatch.setattr(run, "_pack", watched)
     out = run.quantize(teacher, out=tmp_path / "out", **tiny(name))
-    assert packed_layers is run.packed_layers
     packed = load(out)
     set_backend(packed.denoiser, "reference")
     pool = next(stream(load(teacher), images=3, batch_size=3, steps=5, seed=1))

@@ -77,8 +77,10 @@ def test_later_rules_win_and_unmatched_rules_are_errors() -> None:
 
 def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
     source = _source("ddim")
-    source.denoiser.conv_in.padding_mode = "reflect"
-    source.denoiser.conv_in._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    old = source.denoiser.get_submodule("conv_in")
+    assert isinstance(old, nn.Conv2d)
+    reflecting = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, padding_mode="reflect")
+    source.denoiser.set_submodule("conv_in", reflecting)
     pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
     structure = trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
     assert "reflect" in _plan(source.denoiser, structure).left_alone["conv_in"]

@@ -102,8 +102,8 @@ def plan(
     Time embedding, first and last layer get 8 bits and no training. The first layer's input, the noisy sample itself,
     stays in floating point: rounding it to 8 bits alone costs more than all other layers together (docs/log.md).
     Skip connections read the residual stream, which no norm has evened out: their input gets 8 bits, their weight the
-    target bits. ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions of skip
-    connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
+    target bits. ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions
+    of skip connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
     """
     sensitive = {structure.first, structure.last, *structure.time_embedding}
     bits = None if activation_bits >= WEIGHT_ONLY_BITS else activation_bits
