@@ -5,7 +5,8 @@
 
 Merged adapters (:class:`bitstep.quantizers.weights.MergedLoRA`), learning rates relative to each layer's weight step
 size ("scale-aware optimization": the paper multiplies gradients by it, which Adam would undo), an activation step size
-per timestep (TALSQ: :class:`bitstep.quantizers.activations.ActivationQuantizer`).
+per timestep (TALSQ: :class:`bitstep.quantizers.activations.ActivationQuantizer`). Concatenated skip connections have
+split quantizers, as in Q-Diffusion, on which the authors build.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bitstep.calls import run
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
+from bitstep.methods.dilatequant import SplitConcatenation
 from bitstep.randomness import draw
 
 
@@ -71,6 +73,7 @@ _SHORT = {
 
 EFFICIENTDM = Method(
     name="efficientdm",
+    rewrites=(SplitConcatenation(),),
     weights=UniformWeights(rank=32),
     calibration=Calibration(images=640, steps=100, eta=1.0),
     training=(
@@ -86,6 +89,6 @@ EFFICIENTDM = Method(
     ),
     efforts={
         "quick": {**_SHORT, "calibration.images": 32, "training.0.iterations": 250},
-        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 600},
+        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 900},
     },
 )
