@@ -1,5 +1,5 @@
-"""What should work best together (not yet measured against the others): split concatenations and a step size per timestep, blocks distilled one after another,
-then everything end to end on the teacher's trajectories."""
+"""What should work best together, not yet measured against the others: split concatenations and a step size per
+timestep, blocks distilled one after another, then everything end to end on the teacher's trajectories."""
 
 from __future__ import annotations
 
