@@ -36,6 +36,7 @@ from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, Effort
+from bitstep.numerics.dilation import summary
 from bitstep.recipe import Recipe, resolve
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import (
@@ -199,13 +200,21 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
     for name in (RUN, LOSS):
         if (work / name).exists():
             shutil.copy(work / name, folder / "run" / name)
-    plan = {"coverage": student.plan.coverage, "layers": [asdict(layer) for layer in student.plan.layers]}
-    _write_json(folder / "run" / PLAN, plan | {"left_alone": dict(student.plan.left_alone)})
+    plan = {
+        "coverage": student.plan.coverage,
+        "layers": [asdict(layer) for layer in student.plan.layers],
+        "attention": [asdict(site) for site in student.plan.attention],
+        "left_alone": dict(student.plan.left_alone),
+        "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
+    }
+    _write_json(folder / "run" / PLAN, plan)
     if out.exists():
         out.rename(work / "replaced")
     folder.rename(out)
     shutil.rmtree(work)
     report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
+    if student.rewritten:
+        report.line(summary(student.rewritten.values()))
 
 
 def _claim(out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:

@@ -13,7 +13,9 @@ the step d_x': :func:`range_aware` therefore stretches no further than the range
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -79,4 +81,16 @@ def statistics(scale: Tensor, channel_range: Tensor) -> DilationStatistics:
         unsaturated=float((scale > 1).float().mean()),
         median=float(scale.median()),
         range_shrink=float(after / before) if before > 0 else 1.0,
+    )
+
+
+def summary(layers: Iterable[DilationStatistics]) -> str:
+    """One line about all rewritten layers, each counting once."""
+    layers = list(layers)
+    unsaturated = mean(layer.unsaturated for layer in layers)
+    stretch = median(layer.median for layer in layers)
+    shrink = median(layer.range_shrink for layer in layers)
+    return (
+        f"{len(layers)} layers rewritten: {unsaturated:.0%} of input channels stretched, median s {stretch:.2f}, "
+        f"median input range {shrink:.2f} of what it was"
     )
