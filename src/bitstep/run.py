@@ -53,6 +53,8 @@ from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 
 SAVE_EVERY_SECONDS = 60.0
+CALIBRATION_SEED = 1 << 20
+"""Added to the seed of the recorded trajectories: `sample` and `evaluate` with the same seed must see unfitted noise."""
 RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
 
 
@@ -119,7 +121,7 @@ def _fit(
     method, calibration = recipe.method, recipe.method.calibration
     sampling: Sampling = {
         "steps": calibration.steps,
-        "seed": seed,
+        "seed": seed + CALIBRATION_SEED,
         "prompts": prompts,
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
