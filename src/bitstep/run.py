@@ -54,7 +54,7 @@ from bitstep.stages.sample import holds_images, read
 
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20
-"""Added to the seed of the recorded trajectories: `sample` and `evaluate` with the same seed must see unfitted noise."""
+"""Added to the seed of the recorded trajectories, so that `evaluate` with the same seed sees noise of its own."""
 RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
 
 
