@@ -140,12 +140,19 @@ def _role(name: str) -> str:
 
 
 def moments(state: TrainingState) -> dict[str, Tensor]:
-    """The optimizers' state as flat tensors."""
+    """The optimizers' state as flat tensors.
+
+    Peak learning rates belong to it: they follow the step sizes that the unit started with, which training changes.
+    """
     return {
         f"{number}.{index}.{key}": value
         for number, optimizer in enumerate(state.optimizers)
         for index, entries in optimizer.state_dict()["state"].items()
         for key, value in entries.items()
+    } | {
+        f"{number}.{index}.peak_lr": torch.tensor(group["peak_lr"], dtype=torch.float64)
+        for number, optimizer in enumerate(state.optimizers)
+        for index, group in enumerate(optimizer.param_groups)
     }
 
 
@@ -158,7 +165,11 @@ def restore_moments(state: TrainingState) -> None:
         saved["state"] = {}
         for name, value in state.moments.items():
             owner, index, key = name.split(".")
-            if int(owner) == number:
+            if int(owner) != number:
+                continue
+            if key == "peak_lr":
+                saved["param_groups"][int(index)][key] = float(value)
+            else:
                 saved["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(saved)
     state.moments = {}
