@@ -12,9 +12,9 @@ from torch import Tensor
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
 from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime import fused
 from bitstep.runtime.attention import NAME, PackedAttention
 from bitstep.runtime.dispatch import set_backend
-from bitstep.runtime.fused import fuse
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.steps import StepCursor
 
@@ -87,7 +87,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # an index may promise what its shards do not hold
         _refuse_missing(model, [key for key, tensor in model.state_dict().items() if tensor.is_meta])
         set_backend(model)
-        fuse(model)
+        fused.fuse(model)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True
