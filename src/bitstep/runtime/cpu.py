@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -122,64 +123,73 @@ class Convolution:
 
         ``bias`` ``[batch, out]`` replaces the layer's own; ``gain`` is ``[batch, out]``; ``residual`` has y's shape.
         """
-        lib = native.library()
-        assert lib is not None
         assert scale is not None
         assert zero_point is not None
-        batch, height, width, channels = x.shape
-        grid = native.Map(batch, height, width, channels, self.padded_channels, *self.padding)
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
-        step = native.Step(
-            scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
-        )
+        batch, height, width, _ = x.shape
         y = torch.empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
-        epilogue = native.Epilogue(
-            _address(self.bias if bias is None else bias),
-            1 if bias is None else batch,
-            _address(gain),
-            _address(residual),
-        )
-        lib.bitstep_convolution(
+        native.run(self.call, y, x, scale.contiguous(), zero_point.contiguous(), before, bias, gain, residual)
+        return y
+
+    def call(
+        self,
+        y: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        before: Before | None,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        residual: Tensor | None,
+    ) -> native.Call:
+        """The call that makes :meth:`convolve`'s result in y."""
+        lib = native.library()
+        assert lib is not None
+        batch, height, width, channels = x.shape
+        return partial(
+            lib.bitstep_convolution,
             self.layer,
-            grid,
-            before.prologue if before else None,
-            step,
+            native.Map(batch, height, width, channels, self.padded_channels, *self.padding),
+            before and before.prologue(),
+            native.Step(
+                scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
+            ),
             x.data_ptr(),
-            epilogue,
+            native.Epilogue(
+                _address(self.bias if bias is None else bias),
+                1 if bias is None else batch,
+                _address(gain),
+                _address(residual),
+            ),
             y.data_ptr(),
             torch.get_num_threads(),
         )
-        return y
 
     def _extent(self, axis: int, size: int) -> int:
         return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
 
 
-class Before:
-    """What is done to a layer's input before it is quantized: ``activation(normalize(x) * gain + shift)``."""
+class Before(NamedTuple):
+    """What is done to a layer's input before it is quantized: ``activation(normalize(x) * gain + shift)``.
 
-    def __init__(
-        self,
-        *,
-        eps: float | None = None,
-        groups: int = 0,
-        gain: Tensor | None = None,
-        shift: Tensor | None = None,
-        activation: Activation = "none",
-    ) -> None:
-        """``eps`` None means no normalization; otherwise it is over each pixel's channels, or over ``groups`` of them.
+    ``eps`` None means no normalization; otherwise it is over each pixel's channels, or over ``groups`` of them.
+    gain, shift: contiguous float32 ``[channels]`` or, without groups, ``[batch, channels]``; None for none
+    """
 
-        gain, shift: contiguous float32 ``[channels]`` or, without groups, ``[batch, channels]``; None for none
-        """
-        self.tensors = (gain, shift)  # kept alive for the addresses
-        self.prologue = native.Prologue(
-            0 if eps is None else 2 if groups else 1,
-            groups,
-            eps or 0.0,
-            _address(gain),
-            _address(shift),
-            max(len(t) if t is not None and t.ndim > 1 else 1 for t in self.tensors),
-            ACTIVATIONS.index(activation),
+    eps: float | None = None
+    groups: int = 0
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    activation: Activation = "none"
+
+    def prologue(self) -> native.Prologue:
+        return native.Prologue(
+            0 if self.eps is None else 2 if self.groups else 1,
+            self.groups,
+            self.eps or 0.0,
+            _address(self.gain),
+            _address(self.shift),
+            max(len(t) if t is not None and t.ndim > 1 else 1 for t in (self.gain, self.shift)),
+            ACTIVATIONS.index(self.activation),
         )
 
 
@@ -188,13 +198,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     Computed in 16-bit fixed point (steps per row of q and k and per channel of v) with 32-bit sums.
     """
+    y = torch.empty_like(q)
+    native.run(_attention_call, y, q, k, v, heads)
+    return y
+
+
+def _attention_call(y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int) -> native.Call:
     lib = native.library()
     assert lib is not None
     batch, queries, channels = q.shape
-    shape = native.AttentionShape(batch, queries, k.shape[1], heads, channels // heads, (channels // heads) ** -0.5)
-    y = torch.empty_like(q)
-    lib.bitstep_attention(shape, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    return y
+    width = channels // heads
+    return partial(
+        lib.bitstep_attention,
+        native.AttentionShape(batch, queries, k.shape[1], heads, width, width**-0.5),
+        *(tensor.data_ptr() for tensor in (q, k, v, y)),
+        torch.get_num_threads(),
+    )
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import torch  # noqa: F401  (loads the OpenMP runtime that the library works on)
+import torch  # loads the OpenMP runtime that the library works on
 
 from bitstep.errors import UsageError
 
 LIBRARY = "bitstep_cpu.so"
 LIBRARY_VARIABLE = "BITSTEP_NATIVE_LIBRARY"  # another build of it
 INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
+
+Call = Callable[[], object]
+"""A call into the library with all its addresses; the tensors behind them must be kept alive."""
+
+listener: ContextVar[Callable[..., None] | None] = ContextVar("listener", default=None)
+"""Who else is told what :func:`run` runs."""
 
 
 class Step(ctypes.Structure):
@@ -78,6 +86,14 @@ class Layer(ctypes.Structure):
         *((name, c_int32) for name in ("bits", "bases", "panel", "table")),
         *((name, c_void_p) for name in ("weight", "zero", "sum", "scale")),
     ]
+
+
+def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any) -> None:
+    """Run ``bind(y, *args)``, which reads the tensors among args (or in tuples among them) and writes y."""
+    bind(y, *args)()
+    listen = listener.get()
+    if listen is not None:
+        listen(bind, y, *args)
 
 
 @cache
