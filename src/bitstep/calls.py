@@ -54,7 +54,21 @@ class Call:
 
 def run(denoiser: nn.Module, call: Call) -> Tensor:
     """The denoiser's output tensor for ``call``, whether it returns a tensor, a tuple or an output object."""
-    return _first(denoiser(**call.arguments))
+    return first_tensor(denoiser(**call.arguments))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that a denoiser returned, as it is or first in a tuple or an output object."""
+    tensor = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(tensor, Tensor):
+        raise BitstepError(f"expected a denoiser that returns a tensor, got {type(tensor).__name__}")
+    return tensor
+
+
+def timestep_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The timestep in the arguments of a call of ``forward``, a denoiser's forward."""
+    arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | dict(kwargs)
+    return torch.as_tensor(arguments[_timestep_name(arguments)])
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class Recorder:
         return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams))
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        result = _first(output).detach()
+        result = first_tensor(output).detach()
         rows = len(result)
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         name = _timestep_name(arguments)
@@ -342,13 +356,6 @@ def wrapped_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[.
             scheduler.step = original
         else:
             del scheduler.step
-
-
-def _first(output: Any) -> Tensor:
-    tensor = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(tensor, Tensor):
-        raise BitstepError(f"expected a denoiser that returns a tensor, got {type(tensor).__name__}")
-    return tensor
 
 
 def _timestep_name(arguments: Mapping[str, Any]) -> str:

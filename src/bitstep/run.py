@@ -3,6 +3,7 @@
 OUT.partial/           while the run is under way
     run.json           source, seed, resolved recipe, library versions: what a resumed run must agree with
     pool/              recorded full-precision trajectories
+    sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
     state.safetensors  trained tensors and optimizer moments (the position in its metadata)
     loss.csv           the loss curve
 OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/
@@ -15,7 +16,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -28,7 +29,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import bitstep
 from bitstep.calls import Pool
@@ -51,11 +53,13 @@ from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
+from bitstep.stages.sensitivity import sensitivity
 
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20
 """Added to the seed of the recorded trajectories, so that `evaluate` with the same seed sees noise of its own."""
 RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
+SENSITIVITY = "sensitivity.safetensors"
 
 
 def quantize(
@@ -141,6 +145,11 @@ def _fit(
             progress=update,
         )
 
+    found = None
+    if any(phase.objective.emphasis for phase in method.training):
+        with report.bar("measure how far errors carry") as update:
+            found = _once(work / SENSITIVITY, lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
+
     @lru_cache(maxsize=1)
     def streamed(number: int) -> Pool:
         batch = calibration.batch_size
@@ -158,6 +167,7 @@ def _fit(
         folder=work,
         seed=seed,
         images=None if data is None else _read_images(Path(data), source, pool),
+        sensitivity=found,
     )
     _train(context, recipe, work, report)
     return student
@@ -263,6 +273,15 @@ def _versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "machine": platform.machine(),
     }
+
+
+def _once(path: Path, find: Callable[[], Tensor]) -> Tensor:
+    """``find()``, or what it found before the run was interrupted."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        save_file({path.stem: find()}, temporary)
+        temporary.replace(path)
+    return load_file(path)[path.stem]
 
 
 def _save_state(path: Path, context: Context, state: TrainingState) -> None:

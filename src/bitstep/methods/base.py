@@ -138,7 +138,8 @@ class Context:
     """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
 
     ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory. ``images`` are the training images
-    that the user gave, if any. ``layers`` and ``attention`` are what is trained, by name.
+    that the user gave, if any. ``layers`` and ``attention`` are what is trained, by name. ``sensitivity`` is that of
+    the pool's timesteps (:mod:`bitstep.stages.sensitivity`), where an objective's emphasis asks for it.
     """
 
     teacher: nn.Module
@@ -152,11 +153,20 @@ class Context:
     seed: int
     images: TrainingImages | None = None
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
+    sensitivity: Tensor | None = None
 
     @property
     def trained(self) -> Mapping[str, nn.Module]:
         """All modules with parameters to train."""
         return {**self.layers, **self.attention}
+
+    def loss_weights(self, timestep: Tensor, emphasis: float) -> Tensor:
+        """``s[t] ** emphasis``, divided by its mean over the pool's timesteps, for every ``timestep``; ``[batch]``."""
+        if not emphasis:
+            return torch.ones_like(timestep, dtype=torch.float32)
+        assert self.sensitivity is not None
+        weights = self.sensitivity**emphasis
+        return (weights / weights.mean())[torch.searchsorted(self.pool.timesteps, timestep.cpu().double())]
 
     def batch(self, pool: Pool, indices: Tensor) -> tuple[Call, Tensor]:
         """``pool.batch(indices)`` on the student's device; see :meth:`placed`."""
@@ -190,9 +200,13 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 class Objective(Variant):
-    """What training minimises."""
+    """What training minimises.
+
+    emphasis: timestep t counts as its sensitivity to the power of this; 0 counts all timesteps alike
+    """
 
     wants_images: ClassVar[bool] = False
+    emphasis: NonNegativeFloat = 0.0
 
     @abstractmethod
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:

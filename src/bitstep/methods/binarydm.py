@@ -84,7 +84,7 @@ class DiffusionLoss(Objective):
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         images = context.images
         if images is None:
-            yield from TrajectoryDistillation().units(context, phase, start)
+            yield from TrajectoryDistillation(emphasis=self.emphasis).units(context, phase, start)
             return
         call, _ = context.pool.batch(torch.zeros(phase.batch_size, dtype=torch.int64))
         sample_name, timestep_name = _unconditional(call)

@@ -44,10 +44,10 @@ class BlockwiseDistillation(Objective):
             block for block in blocks(context.teacher, context.structure) if set(block.layers) & set(context.layers)
         ]
         for block in trained[start:]:
-            yield _unit(block, context, phase, indices)
+            yield _unit(block, context, phase, indices, self.emphasis)
 
 
-def _unit(block: Block, context: Context, phase: Phase, indices: Tensor) -> Unit:
+def _unit(block: Block, context: Context, phase: Phase, indices: Tensor, emphasis: float) -> Unit:
     rows = _record(block.name, context, indices, phase.batch_size)
     module = context.student.get_submodule(block.name)
 
@@ -57,12 +57,20 @@ def _unit(block: Block, context: Context, phase: Phase, indices: Tensor) -> Unit
         args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
         with context.cursor.at(call.arguments["timestep"]):
             output = module(*args, **kwargs)
+        weights = context.loss_weights(call.arguments["timestep"], emphasis)
         pairs = zip(_tensors(output), _tensors(target), strict=True)
-        return torch.stack([(a.float() - b.float()).square().mean() for a, b in pairs]).sum()
+        return torch.stack([_distance(a, b, weights) for a, b in pairs]).sum()
 
     layers = {name: context.layers[name] for name in block.layers if name in context.layers}
     attention = {name: site for name, site in context.attention.items() if f"{name}.".startswith(f"{block.name}.")}
     return Unit(block.name, layers, loss, attention)
+
+
+def _distance(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error, weighted per sample ``[n]``; a sample may be several rows (heads) of the tensors."""
+    error = (output.float() - target.float()).square()
+    per_sample = error.reshape(len(weights), -1).mean(1)
+    return (per_sample * weights.to(error)).mean()
 
 
 @torch.no_grad()

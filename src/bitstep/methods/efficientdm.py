@@ -20,7 +20,7 @@ from torch import Tensor
 from bitstep.calls import run
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
 from bitstep.methods.dilatequant import SplitConcatenation
-from bitstep.randomness import draw
+from bitstep.randomness import draw_unevenly
 
 
 class TrajectoryDistillation(Objective):
@@ -35,33 +35,39 @@ class TrajectoryDistillation(Objective):
     order: Literal["shuffled", "streaming"] = "shuffled"
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        # half of the emphasis chooses what is looked at more often, which makes its gradients less noisy than weights do
+        frequency = context.loss_weights(context.pool.timesteps[context.pool.step_of], self.emphasis / 2)
+
         def loss(iteration: int) -> Tensor:
             if self.order == "shuffled":
-                pool = context.pool
-                indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)
+                pool, emphasis = context.pool, self.emphasis / 2
+                indices = draw_unevenly(frequency, phase.batch_size, context.seed, "trajectory", iteration)
             else:
                 trajectory, step = divmod(iteration, len(context.pool.timesteps))
-                pool = context.stream(trajectory)
+                pool, emphasis = context.stream(trajectory), self.emphasis
                 indices = pool.indices_at(len(pool.timesteps) - 1 - step)[: phase.batch_size]
             call, target = context.batch(pool, indices)
-            return distance(run(context.student, call), target, pool.guidance)
+            weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], emphasis)
+            return distance(run(context.student, call), target, pool.guidance, weights)
 
         if start == 0:
             yield Unit("denoiser", context.layers, loss, context.attention)
 
 
-def distance(output: Tensor, target: Tensor, guidance: Tensor | None) -> Tensor:
-    """Mean squared error of two denoiser outputs ``[chunks*batch, ...]``, after guidance has combined the chunks."""
+def distance(output: Tensor, target: Tensor, guidance: Tensor | None, weights: Tensor) -> Tensor:
+    """Mean squared error, of the guided combination where there is one, weighted per sample ``[n]``."""
     error = output.float() - target.float()
     if guidance is not None:
         error = torch.einsum("k,kb...->b...", guidance.to(error), error.unflatten(0, (len(guidance), -1)))
-    return error.square().mean()
+    return (error.square().flatten(1).mean(1) * weights.to(error)).mean()
 
 
 _SHORT = {
-    # a short schedule visits each row a few dozen times: everything has to move faster than in the published one
+    # a short schedule visits each row a few dozen times: everything has to move faster than in the published one, and
+    # what little can be learned is better spent on the steps whose errors carry
     "calibration.steps": 50,
     "calibration.eta": 0.0,
+    "training.0.objective.emphasis": 1.0,
     "training.0.batch_size": 8,
     "training.0.learning_rates": {
         "adapter": 0.1,

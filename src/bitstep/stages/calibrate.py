@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from bitstep.calls import Pool, PoolWriter, Recorder, Shard
-from bitstep.stages.generate import Sampling, batches, generate_batch
+from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 
 
@@ -52,10 +52,8 @@ def stream(
 
 
 def _trajectory(source: Source, numbers: range, sampling: Sampling, batched: tuple[str, ...] | None) -> Shard:
-    # pictures are not wanted: no decoding where there is a decoder, no conversion where there is none
-    output_type = "latent" if "vae" in source.pipeline.components else "pt"
     with Recorder(source.denoiser, source.pipeline.scheduler, len(numbers)) as recorder:
-        generate_batch(source.pipeline, numbers, output_type=output_type, **sampling)
+        generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
     return recorder.shard(batched)
 
 

@@ -67,6 +67,11 @@ def batches(images: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
 
 
+def latent_type(pipeline: DiffusionPipeline) -> str:
+    """The ``output_type`` that ends where the denoiser does: no decoding where there is a decoder."""
+    return "latent" if "vae" in pipeline.components else "pt"
+
+
 class Sampling(TypedDict):
     """What a picture depends on besides its number.
 

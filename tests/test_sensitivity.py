@@ -1,0 +1,48 @@
+"""How far errors carry: measured by disturbing real pipelines, and equal to the sampler's own coefficient at the end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pipelines import BUILDERS, build
+
+from bitstep.stages.generate import denoiser_name, generate_batch
+from bitstep.stages.load import Source
+from bitstep.stages.sensitivity import sensitivity
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_pipeline_is_measured_and_left_as_it_was(name: str) -> None:
+    pipeline = build(name)
+    source = Source(name, pipeline, denoiser_name(pipeline))
+
+    def sample() -> torch.Tensor:
+        return generate_batch(pipeline, [0], output_type="pt", steps=2, seed=0)
+
+    before = sample()
+    found = sensitivity(source, torch.linspace(0, 1000, 5), steps=2, seed=0)
+    assert found.shape == (5,)
+    assert bool((found > 0).all())
+    assert "forward" not in vars(source.denoiser)
+    assert torch.equal(sample(), before)
+
+
+def test_the_last_step_has_the_coefficient_of_the_sampler() -> None:
+    pipeline = build("stable_diffusion")
+    source = Source("stable_diffusion", pipeline, "unet")
+    found = sensitivity(source, torch.tensor([0.0]), steps=4, seed=0, guidance_scale=1.0)
+    # x_0 = a' (x - sigma eps) / a + sigma' eps, from the last timestep (a, sigma) to the final one (a', sigma')
+    products = pipeline.scheduler.alphas_cumprod
+    last, final = float(products[pipeline.scheduler.timesteps[-1]]), float(products[0])
+    coefficient = math.sqrt(1 - final) - math.sqrt(final * (1 - last) / last)
+    assert float(found) == pytest.approx(coefficient**2, rel=1e-3)
+
+
+def test_interpolation_is_between_measured_timesteps() -> None:
+    source = Source("ddim", build("ddim"), "unet")
+    two = sensitivity(source, torch.tensor([499.0, 999.0]), steps=2, seed=0)
+    three = sensitivity(source, torch.tensor([499.0, 749.0, 999.0]), steps=2, seed=0)
+    assert torch.equal(three[[0, 2]], two)
+    assert float(three[1]) == pytest.approx(math.sqrt(float(two[0] * two[1])), rel=1e-4)
