@@ -113,6 +113,7 @@ def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Ca
     from bitstep.runtime.dispatch import set_backend
     from bitstep.runtime.fused import fuse
     from bitstep.runtime.layers import LayerFormat, packed_like
+    from bitstep.runtime.replay import enable_replay
 
     model, x = build(name), example(name, batch)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -141,6 +142,7 @@ def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Ca
         setattr(model.get_submodule(parent), child, packed)
     set_backend(model)
     fuse(model)
+    enable_replay(model)
     return lambda: model(x)
 
 

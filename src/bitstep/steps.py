@@ -113,7 +113,7 @@ class StepCursor:
     @contextmanager
     def at(self, timestep: Tensor | float) -> Iterator[None]:
         """Hold the position of ``timestep`` for code that runs parts of a denoiser."""
-        with self._hold(self.grid.locate(timestep)):
+        with self.hold(self.grid.locate(timestep)):
             yield
 
     def checkpoint(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,12 +125,13 @@ class StepCursor:
         """
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._hold(self.position)
+            return nullcontext(), self.hold(self.position)
 
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     @contextmanager
-    def _hold(self, position: Position) -> Iterator[None]:
+    def hold(self, position: Position) -> Iterator[None]:
+        """Hold a position that was located before."""
         previous, self._position = self._position, position
         try:
             yield

@@ -16,6 +16,7 @@ from bitstep.runtime import fused
 from bitstep.runtime.attention import NAME, PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
+from bitstep.runtime.replay import enable_replay
 from bitstep.steps import StepCursor
 
 
@@ -88,6 +89,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         _refuse_missing(model, [key for key, tensor in model.state_dict().items() if tensor.is_meta])
         set_backend(model)
         fused.fuse(model)
+        enable_replay(model)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True

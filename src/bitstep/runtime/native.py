@@ -24,8 +24,7 @@ INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
 Call = Callable[[], object]
 """A call into the library with all its addresses; the tensors behind them must be kept alive."""
 
-listener: ContextVar[Callable[..., None] | None] = ContextVar("listener", default=None)
-"""Who else is told what :func:`run` runs."""
+_listener: ContextVar[Callable[..., None] | None] = ContextVar("listener", default=None)
 
 
 class Step(ctypes.Structure):
@@ -91,9 +90,19 @@ class Layer(ctypes.Structure):
 def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any) -> None:
     """Run ``bind(y, *args)``, which reads the tensors among args (or in tuples among them) and writes y."""
     bind(y, *args)()
-    listen = listener.get()
-    if listen is not None:
-        listen(bind, y, *args)
+    listener = _listener.get()
+    if listener is not None:
+        listener(bind, y, *args)
+
+
+@contextmanager
+def listening(listener: Callable[..., None]) -> Iterator[None]:
+    """Hand the arguments of every :func:`run` meanwhile to ``listener`` too."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 @cache

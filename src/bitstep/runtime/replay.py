@@ -1,0 +1,195 @@
+"""Forward passes of a whole model on the CPU, replayed from a tape while nothing but the values of tensors differs.
+
+A call whose arguments look like those of an earlier call is recorded; the next one is run both ways, and from then on
+such calls are replayed if the two agreed bit for bit. What cannot be recorded, is observed, or has changed since runs
+layer by layer. The timestep's position in the step grid is an argument like any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from bitstep.runtime import native
+from bitstep.runtime.layers import PackedModule
+from bitstep.runtime.tape import Tape, record
+from bitstep.steps import Position, StepCursor
+
+_KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def enable_replay(model: nn.Module) -> None:
+    """Replay the forward passes of ``model`` from now on, where that is possible."""
+    model.forward = Replay(model)
+
+
+@dataclass
+class Known:
+    """What is known of calls with one signature: the tape, whether it was seen to agree, or why there is none."""
+
+    tape: Tape | None = None
+    proven: bool = False
+    refusal: str | None = None
+
+
+class Replay:
+    """Stands in for a model's forward method; ``known`` is what it knows, by signature. A copy starts anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.__setstate__({"model": model})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_observed() or not self._lock.acquire(blocking=False):
+            return self._forward(*args, **kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            self._lock.release()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(partial(type(self.model).forward, self.model))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model: nn.Module = state["model"]
+        self.known: dict[Hashable, Known] = {}
+        self._watch: Watch | None = None
+        self._lock = threading.Lock()  # the memory of a tape serves one call at a time
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._watch is None or self._watch.sees_change():
+            self.known.clear()
+            self._watch = Watch(self.model)
+        watch = self._watch
+        inputs = (args, kwargs, watch.position())
+        signature = _signature(inputs)
+        if watch.refusal or signature is None:
+            return self._forward(*args, **kwargs)
+        known = self.known.pop(signature, None)
+        first = known is None
+        self.known[signature] = known = known or Known()  # the last of all
+        if len(self.known) > _KEPT:
+            del self.known[next(iter(self.known))]
+        if first or known.refusal:
+            return self._forward(*args, **kwargs)
+        if known.tape is None or known.tape.is_stale():
+
+            def forward(args: Any, kwargs: Any, position: Any) -> Any:
+                with watch.at(position):
+                    return self._forward(*args, **kwargs)
+
+            result, known.tape, known.refusal = record(forward, *inputs)
+            return result
+        if known.proven:
+            return known.tape.run(*inputs)
+        result = self._forward(*args, **kwargs)
+        known.proven = _same(result, known.tape.run(*inputs))
+        if not known.proven:
+            known.tape, known.refusal = None, "the recorded pass gave another result"
+        return result
+
+
+class Watch:
+    """Sees whether a model was changed since: its modules, tensors, hooks and attributes, lists and dictionaries
+    among them. ``refusal`` says why its forward passes cannot be recorded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        packed = [module for module in modules if isinstance(module, PackedModule)]
+        for layer in packed:
+            layer.run  # noqa: B018  (prepared now, not while a forward pass is recorded)
+        cursors = {layer.rows.cursor for layer in packed if layer.rows is not None}
+        self.refusal: str | None = None
+        if len(cursors) > 1:
+            self.refusal = "layers of several models share it"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules[1:]):
+            self.refusal = "there are hooks inside"
+        self._cursor: StepCursor | None = next(iter(cursors), None)
+        self._live = [part for module in modules for part in _parts(module)]
+        self._then = [part.copy() for part in self._live]
+        self._tensors: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._tensors_then = list(chain.from_iterable(d.values() for d in self._tensors))
+
+    def sees_change(self) -> bool:
+        # equality of tensors is no identity, so those come first
+        if any(map(is_not, chain.from_iterable(d.values() for d in self._tensors), self._tensors_then)):
+            return True
+        try:
+            return self._live != self._then
+        except RuntimeError:  # an attribute is another tensor now, and their equality a tensor too
+            return True
+
+    def position(self) -> tuple[Tensor | None, ...] | None:
+        """Where the forward pass under way stands in the step grid."""
+        if self._cursor is None:
+            return None
+        position = self._cursor.position
+        return position.lower, position.upper, position.fraction
+
+    def at(self, position: Any) -> AbstractContextManager[None]:
+        """Let the forward pass stand there instead."""
+        return nullcontext() if self._cursor is None else self._cursor.hold(Position(*position))
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    """The dictionaries and lists that hold what ``module`` is."""
+    own = vars(module)
+    parts = [own, *(value for value in own.values() if isinstance(value, dict | list))]
+    processor = own.get("processor")  # of attention
+    return parts if processor is None else [*parts, vars(processor)]
+
+
+def _is_observed() -> bool:
+    """Whether something looks at, changes or differentiates the single operations of this thread."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()
+    )
+
+
+def _signature(inputs: Any) -> Hashable | None:
+    """What the operations of a forward pass depend on besides the model; None where it cannot be replayed."""
+    leaves, spec = tree_flatten(inputs)
+    parts: list[Hashable] = [
+        spec,
+        torch.get_num_threads(),
+        native.current_instruction_set(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+    ]
+    for leaf in leaves:
+        if type(leaf) is Tensor and leaf.device.type == "cpu" and leaf.layout is torch.strided:
+            parts.append((leaf.dtype, leaf.shape, leaf.stride()))
+        elif isinstance(leaf, _PLAIN):
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(parts)
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
