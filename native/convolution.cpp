@@ -24,7 +24,8 @@ constexpr int kVectors = kColumn / kLanes;          // accumulators per column a
 constexpr int kMaxPanel = 4;                        // columns
 
 struct Bytes {
-  static constexpr int kStep = 4;
+  static constexpr int kScaling = 1;  // bytes of source per code
+  static constexpr int kStep = 4;     // bytes of source
 #if defined(BITSTEP_avx512)
   static constexpr int kPixels = 12, kColumns = 2;
 #else
@@ -36,6 +37,7 @@ struct Bytes {
 
 #if defined(BITSTEP_avx512)
 struct Tables {
+  static constexpr int kScaling = 4;
   static constexpr int kStep = 64;
   static constexpr int kPixels = 6, kColumns = 4;
   static I activation(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
@@ -51,6 +53,8 @@ struct Window {
   int64_t runs, steps;      // runs, and steps in each
   int64_t across, down;     // bytes from run to run in a kernel row, and from kernel row to kernel row
   int64_t runs_per_row;
+
+  int64_t count() const { return runs * steps; }
 };
 
 // sums[pixel][column] over the window, for P pixels and C columns of a panel of weight_stride / 64 columns.
@@ -119,44 +123,95 @@ void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t bloc
 class Convolution {
  public:
   Convolution(const bitstep_layer& layer, const bitstep_map& map, const bitstep_step& step)
-      : layer_(layer), map_(map), step_(step), border_(map) {
+      : layer_(layer), map_(layer_map(layer, map)), step_(step), border_(map_) {
     out_h_ = (border_.height - layer.dilation_h * (layer.kernel_h - 1) - 1) / layer.stride_h + 1;
     out_w_ = (border_.width - layer.dilation_w * (layer.kernel_w - 1) - 1) / layer.stride_w + 1;
     columns_ = (layer.out_channels + kColumn - 1) / kColumn * layer.bases;
     panels_ = (columns_ + layer.panel - 1) / layer.panel;
+    prepare_outputs();
   }
 
   void run(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
 #if defined(BITSTEP_avx512)
-    if (layer_.table) return run_tables(codes, epilogue, y, threads);
+    if (layer_.table) return run<Tables>(codes, epilogue, y, threads);
 #endif
-    run<Bytes>(codes, 0, map_.batch * out_h_, epilogue, y, threads);
+    run<Bytes>(codes, epilogue, y, threads);
   }
 
  private:
-  // Output rows [first, last) of the batch's batch * out_h; source holds their codes or tables.
+  // A 1x1 convolution sees no neighbours: its pixels become many short rows, which are easier to share.
+  static bitstep_map layer_map(const bitstep_layer& layer, bitstep_map map) {
+    const int area = layer.kernel_h * layer.kernel_w * layer.stride_h * layer.stride_w;
+    if (area == 1 && map.pad_h == 0 && map.pad_w == 0) {
+      const int pixels = map.height * map.width;
+      for (map.width = std::min(pixels, 16); pixels % map.width; --map.width) {}
+      map.height = pixels / map.width;
+    }
+    return map;
+  }
+
+  // Per row of the step and output channel of each basis: y = sum of (sums + offset) * factor.
+  void prepare_outputs() {
+    const int64_t count = int64_t{columns_} * kColumn;
+    offset_ = static_cast<int32_t*>(scratch(Slot::kOffsets, step_.rows * count * sizeof(int32_t)));
+    factor_ = static_cast<float*>(scratch(Slot::kFactors, step_.rows * count * sizeof(float)));
+    for (int64_t row = 0; row < step_.rows; ++row) {
+      const I zero_point = splat(static_cast<int32_t>(step_.zero_point[row]));
+      for (int64_t i = 0; i < count; i += kLanes) {
+        store(offset_ + row * count + i, -zero_point * load(layer_.sum + i));
+        store(factor_ + row * count + i, splat(step_.scale[row]) * load(layer_.scale + i));
+      }
+    }
+  }
+
+  // Threads share whichever is larger, activations (by rows of the map) or weights (by panels), so that the larger
+  // part stays in one core's cache.
   template <class Kind>
-  void run(const uint8_t* source, int64_t first, int64_t last, const bitstep_epilogue& epilogue, float* y, int threads) const {
-    const int64_t pixels = (last - first) * out_w_;
-    const int64_t tiles = (pixels + Kind::kPixels - 1) / Kind::kPixels;
-    parallel_for(panels_ * tiles, threads, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t panel = begin / tiles, stop = std::min(end, (panel + 1) * tiles);
-        run_panel<Kind>(source, static_cast<int>(panel), first * out_w_, pixels, begin - panel * tiles,
-                        stop - panel * tiles, tiles, epilogue, y);
-        begin = stop;
+  void run(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
+    const int64_t rows = map_.batch * out_h_;
+    const int64_t code_bytes = map_.batch * border_.height * border_.row_bytes * Kind::kScaling;
+    const int64_t weight_bytes = panels_ * panel_stride(layer_.panel * window<Kind>().count());
+    const int64_t parts = code_bytes < weight_bytes ? 1 : std::min<int64_t>(threads, rows);
+    const int64_t shares = std::max<int64_t>(1, threads / parts);
+    parallel_for(parts * shares, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i / shares;
+        run_rows<Kind>(codes, rows * part / parts, rows * (part + 1) / parts, i % shares, shares, epilogue, y);
       }
     });
+  }
+
+  // One of `shares` equal shares of the work on output rows [first, end) of the batch's batch * out_h, in bands that
+  // fit the cache.
+  template <class Kind>
+  void run_rows(const uint8_t* codes, int64_t first, int64_t end, int64_t share, int64_t shares,
+                const bitstep_epilogue& epilogue, float* y) const {
+    const int64_t halo = int64_t{layer_.dilation_h} * (layer_.kernel_h - 1) + 1;
+    const int64_t cached = (kBandBytes / (border_.row_bytes * Kind::kScaling) - halo) / layer_.stride_h + 1;
+    const int64_t bands = (end - first + std::max<int64_t>(1, cached) - 1) / std::max<int64_t>(1, cached);
+    for (int64_t band = 0; band < bands; ++band) {
+      const int64_t top = first + (end - first) * band / bands, bottom = first + (end - first) * (band + 1) / bands;
+      const uint8_t* source = codes;
+#if defined(BITSTEP_avx512)
+      if (layer_.table) source = make_tables(codes, code_row(top), code_row(bottom - 1) + halo);
+#endif
+      const int64_t pixels = (bottom - top) * out_w_, tiles = (pixels + Kind::kPixels - 1) / Kind::kPixels;
+      const int64_t work = panels_ * tiles;
+      for (int64_t at = work * share / shares, stop = work * (share + 1) / shares, next; at < stop; at = next) {
+        const int64_t panel = at / tiles;
+        next = std::min(stop, (panel + 1) * tiles);
+        run_panel<Kind>(source, static_cast<int>(panel), top * out_w_, pixels, at - panel * tiles,
+                        next - panel * tiles, tiles, epilogue, y);
+      }
+    }
   }
 
   template <class Kind>
   void run_panel(const uint8_t* source, int panel, int64_t first_pixel, int64_t pixels, int64_t tile, int64_t stop,
                  int64_t tiles, const bitstep_epilogue& epilogue, float* y) const {
-    const int64_t scaling = layer_.table ? 4 : 1;  // bytes of source per code
-    const int columns = std::min(layer_.panel, columns_ - panel * layer_.panel);
-    const Window window = make_window(Kind::kStep, scaling);
-    const int64_t blocks = window.runs * window.steps * columns;
-    const uint8_t* weight = panel_bytes(panel, columns, blocks);
+    const int first_column = panel * layer_.panel, columns = std::min(layer_.panel, columns_ - first_column);
+    const Window window = this->window<Kind>();
+    const uint8_t* weight = panel_bytes(panel, columns, window.count() * columns);
     alignas(64) int32_t sums[Kind::kPixels * kMaxPanel * kColumn];
     const uint8_t* at[Kind::kPixels];
     for (; tile < stop; ++tile) {
@@ -164,26 +219,28 @@ class Convolution {
       const int64_t begin = first_pixel + pixels * tile / tiles, end = first_pixel + pixels * (tile + 1) / tiles;
       const int count = static_cast<int>(end - begin);
       Corner corner = corner_of(begin);
-      for (int p = 0; p < count; ++p) at[p] = source + advance(corner) * scaling;
+      for (int p = 0; p < count; ++p) {
+        at[p] = source + advance(corner) * Kind::kScaling;
+        fetch_outputs(begin + p, first_column, columns, epilogue, y);
+      }
       for (int c = 0; c < columns; c += Kind::kColumns) {
         const int width = std::min(Kind::kColumns, columns - c);
         accumulate<Kind>(width, count, at, window, weight + c * kBlock, int64_t{columns} * kBlock, sums + c * kColumn);
       }
-      for (int p = 0; p < count; ++p) {
-        finish(begin + p, panel * layer_.panel, columns, sums + p * columns * kColumn, epilogue, y);
-      }
+      finish(begin, count, first_column, columns, sums, epilogue, y);
     }
   }
 
-  Window make_window(int step_bytes, int64_t scaling) const {
-    const int64_t tap = layer_.padded_channels * scaling;
+  template <class Kind>
+  Window window() const {
+    const int64_t tap = layer_.padded_channels * Kind::kScaling;
     const bool merged = layer_.dilation_w == 1;
     Window window;
     window.runs_per_row = merged ? 1 : layer_.kernel_w;
     window.runs = window.runs_per_row * layer_.kernel_h;
-    window.steps = tap * (merged ? layer_.kernel_w : 1) / step_bytes;
+    window.steps = tap * (merged ? layer_.kernel_w : 1) / Kind::kStep;
     window.across = tap * layer_.dilation_w;
-    window.down = border_.row_bytes * scaling * layer_.dilation_h;
+    window.down = border_.row_bytes * Kind::kScaling * layer_.dilation_h;
     return window;
   }
 
@@ -207,11 +264,14 @@ class Convolution {
     return offset;
   }
 
-  const uint8_t* panel_bytes(int panel, int columns, int64_t blocks) const {
+  // Bytes of memory that hold some blocks.
+  int64_t panel_stride(int64_t blocks) const {
     const int share = 8 / layer_.bits;
-    const int64_t steps = blocks / columns;
-    const int64_t stride = (steps * layer_.panel + share - 1) / share * kBlock;
-    const uint8_t* packed = layer_.weight + panel * stride;
+    return (blocks + share - 1) / share * kBlock;
+  }
+
+  const uint8_t* panel_bytes(int panel, int columns, int64_t blocks) const {
+    const uint8_t* packed = layer_.weight + panel * panel_stride(blocks / columns * layer_.panel);
     if (layer_.bits == 8) return packed;
     auto* out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlock));
     const int8_t* zero = layer_.zero + int64_t{panel} * layer_.panel * kBlock;
@@ -221,59 +281,61 @@ class Convolution {
     return out;
   }
 
-  // sums -> y for one pixel and the columns of a panel.
-  void finish(int64_t pixel, int column, int columns, const int32_t* sums, const bitstep_epilogue& epilogue,
-              float* y) const {
-    const int64_t sample = map_.batch == 1 ? 0 : pixel / (out_h_ * out_w_);
-    const int64_t row = step_.rows == 1 ? 0 : sample;
-    const F step_scale = splat(step_.scale[row]);
-    const I zero_point = splat(static_cast<int32_t>(step_.zero_point[row]));
-    const int64_t at_pixel = pixel * layer_.out_channels, at_sample = sample * layer_.out_channels;
-    const float* bias = epilogue.bias ? epilogue.bias + (epilogue.bias_rows == 1 ? 0 : at_sample) : nullptr;
-    const float* gain = epilogue.gain ? epilogue.gain + at_sample : nullptr;
-    const float* residual = epilogue.residual ? epilogue.residual + at_pixel : nullptr;
-    for (int c = 0; c < columns; c += layer_.bases) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int channel = (column + c) / layer_.bases * kColumn + v * kLanes;
-        const int count = std::min(kLanes, layer_.out_channels - channel);
-        if (count <= 0) break;
-        F total{};
-        for (int basis = 0; basis < layer_.bases; ++basis) {
-          const int at = (column + c + basis) * kColumn + v * kLanes;
-          const I acc = *reinterpret_cast<const I*>(sums + (c + basis) * kColumn + v * kLanes);
-          total += to_float(acc - zero_point * load(layer_.sum + at)) * load(layer_.scale + at);
+  // Start to load what finish() will write and read, as the pixels of a tile lie far apart.
+  void fetch_outputs(int64_t pixel, int column, int columns, const bitstep_epilogue& epilogue, const float* y) const {
+    const int64_t at = pixel * layer_.out_channels + column / layer_.bases * kColumn;
+    for (int64_t i = at; i < at + columns * kColumn / layer_.bases; i += kBlock / sizeof(float)) {
+      __builtin_prefetch(y + i, 1);
+      if (epilogue.residual) __builtin_prefetch(epilogue.residual + i);
+    }
+  }
+
+  // sums -> y for the pixels of a tile and the columns of a panel.
+  void finish(int64_t pixel, int count, int column, int columns, const int32_t* sums,
+              const bitstep_epilogue& epilogue, float* y) const {
+    const int64_t area = out_h_ * out_w_;
+    const int first = column / layer_.bases * kColumn, last = first + columns / layer_.bases * kColumn;
+    int64_t sample = pixel / area;
+    for (const int64_t end = pixel + count; pixel < end; ++pixel, sums += columns * kColumn) {
+      sample += pixel == (sample + 1) * area;
+      const int64_t at_pixel = pixel * layer_.out_channels, at_sample = sample * layer_.out_channels;
+      const int64_t at_row = step_.rows == 1 ? 0 : sample * columns_ * kColumn;
+      const float* bias = epilogue.bias ? epilogue.bias + (epilogue.bias_rows == 1 ? 0 : at_sample) : nullptr;
+      const float* gain = epilogue.gain ? epilogue.gain + at_sample : nullptr;
+      const float* residual = epilogue.residual ? epilogue.residual + at_pixel : nullptr;
+      const int32_t* acc = sums;
+      int64_t at = at_row + column * kColumn;
+      for (int channel = first; channel < last; channel += kColumn) {
+        for (int v = 0; v < kColumn && channel + v < layer_.out_channels; v += kLanes) {
+          const int lanes = std::min(kLanes, layer_.out_channels - channel - v);
+          F total{};
+          for (int basis = 0; basis < layer_.bases; ++basis) {
+            const int i = basis * kColumn + v;
+            total += to_float(load(acc + i) + load(offset_ + at + i)) * load(factor_ + at + i);
+          }
+          if (bias) total += load_some(bias + channel + v, lanes);
+          if (gain) total *= load_some(gain + channel + v, lanes);
+          if (residual) total += load_some(residual + channel + v, lanes);
+          store_some(y + at_pixel + channel + v, total, lanes);
         }
-        total *= step_scale;
-        if (bias) total += load_some(bias + channel, count);
-        if (gain) total *= load_some(gain + channel, count);
-        if (residual) total += load_some(residual + channel, count);
-        store_some(y + at_pixel + channel, total, count);
+        acc += layer_.bases * kColumn;
+        at += layer_.bases * kColumn;
       }
     }
   }
 
-#if defined(BITSTEP_avx512)
-  // Tables are four times the codes, so they are made for a band of output rows that fits the cache.
-  void run_tables(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
-    const int64_t halo = int64_t{layer_.dilation_h} * (layer_.kernel_h - 1) + 1;
-    const int64_t row_bytes = 4 * border_.row_bytes;
-    const int64_t cached = std::max<int64_t>(1, (kBandBytes * threads / row_bytes - halo) / layer_.stride_h + 1);
-    for (int64_t first = 0, last; first < map_.batch * out_h_; first = last) {
-      last = std::min(first + cached, map_.batch * out_h_);
-      const int64_t from = code_row(first);
-      const int64_t to = code_row(last - 1) + halo;
-      auto* tables = static_cast<uint8_t*>(scratch(Slot::kTables, (to - from) * row_bytes));
-      parallel_for(to - from, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          make_tables(codes + (from + row) * border_.row_bytes, (from + row) / border_.height,
-                      tables + row * row_bytes);
-        }
-      });
-      run<Tables>(tables - from * row_bytes, first, last, epilogue, y, threads);
-    }
-  }
-
   static constexpr int64_t kBandBytes = 1 << 20;
+
+#if defined(BITSTEP_avx512)
+  // The tables of rows [from, to) of codes; addressed as if those of all rows were there.
+  const uint8_t* make_tables(const uint8_t* codes, int64_t from, int64_t to) const {
+    const int64_t row_bytes = border_.row_bytes * Tables::kScaling;
+    auto* tables = static_cast<uint8_t*>(scratch(Slot::kTables, (to - from) * row_bytes));
+    for (int64_t row = from; row < to; ++row) {
+      make_tables(codes + row * border_.row_bytes, row / border_.height, tables + (row - from) * row_bytes);
+    }
+    return tables - from * row_bytes;
+  }
 
   void make_tables(const uint8_t* codes, int64_t sample, uint8_t* tables) const {
     const int row = step_.rows == 1 ? 0 : static_cast<int>(sample);
@@ -291,17 +353,19 @@ class Convolution {
       const __m512i both = _mm512_mask_sub_epi8(centred, 0xffff0000, _mm512_setzero_si512(), centred);
       const __m512i a = _mm512_add_epi8(_mm512_permutexvar_epi8(pick0, both), _mm512_permutexvar_epi8(pick1, both));
       const __m512i b = _mm512_add_epi8(_mm512_permutexvar_epi8(pick2, both), _mm512_permutexvar_epi8(pick3, both));
-      _mm512_store_si512(tables + 4 * i, _mm512_add_epi8(a, b));
+      _mm512_store_si512(tables + Tables::kScaling * i, _mm512_add_epi8(a, b));
     }
   }
 #endif
 
   const bitstep_layer& layer_;
-  const bitstep_map& map_;
+  const bitstep_map map_;
   const bitstep_step& step_;
   const Border border_;
   int64_t out_h_, out_w_;
   int columns_, panels_;
+  int32_t* offset_;
+  float* factor_;
 };
 
 }  // namespace
