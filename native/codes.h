@@ -9,22 +9,25 @@ namespace BITSTEP_CLONE {
 namespace {
 
 // One sample's step.
-struct Coder {
-  F reciprocal, zero_point, top;
-
+class Coder {
+ public:
   Coder(const bitstep_step& step, int sample) {
     const int row = step.rows == 1 ? 0 : sample;
-    reciprocal = splat(1.0f / step.scale[row]);
-    zero_point = splat(step.zero_point[row]);
-    top = splat(static_cast<float>(step.top));
+    const float zero_point = step.zero_point[row];
+    reciprocal_ = splat(1.0f / step.scale[row]);
+    least_ = splat(-zero_point);
+    most_ = splat(static_cast<float>(step.top) - zero_point);
+    zero_point_ = splat(static_cast<int32_t>(zero_point));
   }
 
-  I operator()(F x) const {
-    // clamped before the conversion, where out of range floats have no int32
-    return to_int(min(max(round(x * reciprocal) + zero_point, F{}), top));
-  }
+  // Clamped before the conversion, where out of range floats have no int32.
+  I operator()(F x) const { return to_int(min(max(x * reciprocal_, least_), most_)) + zero_point_; }
 
-  uint8_t zero() const { return static_cast<uint8_t>(zero_point[0]); }
+  uint8_t zero() const { return static_cast<uint8_t>(zero_point_[0]); }
+
+ private:
+  F reciprocal_, least_, most_;
+  I zero_point_;
 };
 
 // The layout of a map of codes.

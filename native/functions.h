@@ -21,13 +21,13 @@ inline F exp2(F x) {
 // e**x, x at most 88; the error of x log2(e) makes it a relative 1e-7 |x|.
 inline F exp(F x) { return exp2(x * splat(1.44269504f)); }
 
-inline F silu(F x) { return x / (1.0f + exp(min(-x, splat(88.0f)))); }
+// 1 / (1 + e**-x); 1e-35 for x below -80.
+inline F logistic(F x) { return reciprocal(1.0f + exp(min(-x, splat(80.0f)))); }
+
+inline F silu(F x) { return x * logistic(x); }
 
 // x Phi(x) with the tanh approximation; (1 + tanh(u)) / 2 is the logistic function of 2 u.
-inline F gelu(F x) {
-  const F exponent = x * (x * x * splat(-0.0713548162726f) - 1.5957691216057f);
-  return x / (1.0f + exp(min(exponent, splat(88.0f))));
-}
+inline F gelu(F x) { return x * logistic(x * (x * x * splat(0.0713548162726f) + 1.5957691216057f)); }
 
 }  // namespace
 }  // namespace BITSTEP_CLONE

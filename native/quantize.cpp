@@ -23,8 +23,7 @@ struct Run {
 
 template <Activation A, bool LayerNorm>
 void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+  const auto encode_at = [&](int64_t i, int lanes) __attribute__((always_inline)) {
     F value = load_some(run.x + i, lanes);
     if (LayerNorm) value = (value - run.mean) * run.deviation_reciprocal;
     if (run.gain) value *= load_some(run.gain + i, lanes);
@@ -33,7 +32,10 @@ void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
     if (A == kGelu) value = gelu(value);
     if (run.channel_reciprocal) value *= load_some(run.channel_reciprocal + i, lanes);
     store_bytes(out + i, code(value), lanes);
-  }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) encode_at(i, kLanes);
+  if (i < count) encode_at(i, static_cast<int>(count - i));
 }
 
 void normalize(Run& run, int64_t channels, float eps) {

@@ -41,6 +41,8 @@ inline F max(F a, F b);
 inline F min(F a, F b);
 // x * 2**n, n integral and above -127.
 inline F scale_by_power(F x, F n);
+// 1 / x within a relative 2e-7; x positive, and neither it nor its reciprocal subnormal.
+inline F reciprocal(F x);
 // Nearest int32, ties to even; x is in range.
 inline I to_int(F x);
 // Lanes in 0..255 to bytes.
@@ -70,9 +72,15 @@ inline F round(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NE
 inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 inline F scale_by_power(F x, F n) { return (F)_mm512_scalef_ps((__m512)x, (__m512)n); }
+inline F reciprocal(F x) {
+  const F r = (F)_mm512_rcp14_ps((__m512)x);
+  return r * (2.0f - x * r);
+}
 inline I to_int(F x) { return (I)_mm512_cvtps_epi32((__m512)x); }
 inline void store_bytes(uint8_t* p, I x, int count) {
-  _mm_mask_storeu_epi8(p, first(count), _mm512_cvtepi32_epi8((__m512i)x));
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)x);
+  auto* out = reinterpret_cast<__m128i*>(p);
+  count == kLanes ? _mm_storeu_si128(out, bytes) : _mm_mask_storeu_epi8(p, first(count), bytes);
 }
 inline I dot4(I acc, I a, I w) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
 inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -93,6 +101,10 @@ inline F round(F x) { return (F)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST
 inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 inline F scale_by_power(F x, F n) { return x * (F)(((I)_mm256_cvtps_epi32((__m256)n) + 127) << 23); }
+inline F reciprocal(F x) {
+  const F r = (F)_mm256_rcp_ps((__m256)x);
+  return r * (2.0f - x * r);
+}
 inline I to_int(F x) { return (I)_mm256_cvtps_epi32((__m256)x); }
 inline void store_bytes(uint8_t* p, I x, int count) {
   const __m256i words = _mm256_packus_epi32((__m256i)x, (__m256i)x);
@@ -144,6 +156,7 @@ inline F round(F x) {
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 inline F scale_by_power(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
+inline F reciprocal(F x) { return 1.0f / x; }
 inline I to_int(F x) { return __builtin_convertvector(round(x), I); }
 inline void store_bytes(uint8_t* p, I x, int count) {
   for (int i = 0; i < count; ++i) p[i] = static_cast<uint8_t>(x[i]);
