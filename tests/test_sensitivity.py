@@ -1,4 +1,4 @@
-"""How far errors carry: measured by disturbing real pipelines, and equal to the sampler's own coefficient at the end."""
+"""How far errors carry: measured by disturbing real pipelines, at the end equal to the sampler's own coefficient."""
 
 from __future__ import annotations
 

@@ -47,6 +47,16 @@ def test_sensitive_layers_get_eight_bits_on_every_architecture(name: str) -> Non
     assert {(layers[name].weight_bits, layers[name].activation_bits) for name in others} == {(4, 4)}
 
 
+def test_a_rule_can_leave_activations_in_floating_point_or_quantize_them_again() -> None:
+    denoiser, structure = _traced("ddim")
+    rules = (Rule(match="*", activation_bits=32), Rule(match="*.conv2", activation_bits=8))
+    layers = {layer.name: layer for layer in _plan(denoiser, structure, rules=rules).layers}
+    floating = {name for name, layer in layers.items() if (layer.activation_bits, layer.per_step) == (None, False)}
+    assert {name for name in layers if not name.endswith(".conv2")} == floating
+    with pytest.raises(ValueError, match="activation_bits"):
+        Rule(match="*", activation_bits=16)
+
+
 def test_full_coverage_leaves_only_attention_products() -> None:
     denoiser, structure = _traced("ddim")
     decided = _plan(denoiser, structure)

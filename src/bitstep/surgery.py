@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from bitstep.errors import UsageError
@@ -25,12 +26,15 @@ WEIGHT_ONLY_BITS = 32
 
 
 class Rule(Slot):
-    """Bits for the layers whose name matches a glob and whose class, or a base of it, is named ``type`` (if given)."""
+    """Bits for the layers whose name matches a glob and whose class, or a base of it, is named ``type`` (if given).
+
+    ``activation_bits`` 32 leaves activations in floating point.
+    """
 
     match: str
     type: str | None = None
-    weight_bits: int | None = None
-    activation_bits: int | None = None
+    weight_bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    activation_bits: Annotated[int, Field(ge=2, le=8)] | Literal[32] | None = None
     skip: bool = False
 
 
@@ -106,7 +110,7 @@ def plan(
     of skip connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
     """
     sensitive = {structure.first, structure.last, *structure.time_embedding}
-    bits = None if activation_bits >= WEIGHT_ONLY_BITS else activation_bits
+    bits = _quantized_bits(activation_bits)
     layers: list[LayerPlan] = []
     left_alone = dict(structure.left_alone)
     unused = set(rules)
@@ -128,11 +132,11 @@ def plan(
                 continue
             unused.discard(rule)
             reason = refusal(module) or (f"rule {rule.match!r} skips it" if rule.skip else None)
-            layer = replace(
-                layer,
-                weight_bits=rule.weight_bits or layer.weight_bits,
-                activation_bits=rule.activation_bits or layer.activation_bits,
-            )
+            if rule.weight_bits:
+                layer = replace(layer, weight_bits=rule.weight_bits)
+            if rule.activation_bits:
+                wanted = _quantized_bits(rule.activation_bits)
+                layer = replace(layer, activation_bits=wanted, per_step=per_step and wanted is not None)
         if reason:
             left_alone[info.name] = reason
         else:
@@ -143,6 +147,10 @@ def plan(
     if not layers:
         raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
     return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def _quantized_bits(activation_bits: int) -> int | None:
+    return None if activation_bits == WEIGHT_ONLY_BITS else activation_bits
 
 
 def add_attention(plan: Plan, structure: Structure, *, bits: int, probability_bits: int, per_step: bool) -> Plan:

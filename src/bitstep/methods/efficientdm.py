@@ -35,7 +35,7 @@ class TrajectoryDistillation(Objective):
     order: Literal["shuffled", "streaming"] = "shuffled"
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        # half of the emphasis chooses what is looked at more often, which makes its gradients less noisy than weights do
+        # half of the emphasis chooses what is looked at more often: gradients are less noisy than with weights alone
         frequency = context.loss_weights(context.pool.timesteps[context.pool.step_of], self.emphasis / 2)
 
         def loss(iteration: int) -> Tensor:
