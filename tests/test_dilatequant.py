@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.layers import FakeQuantized
-from bitstep.methods.dilatequant import Dilation, SplitConcatenation
+from bitstep.methods.dilatequant import Dilation
+from bitstep.methods.rewrites import SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
 from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.weights import DenseWeight, UniformWeight
@@ -97,3 +98,16 @@ def test_rewrites_follow_one_another() -> None:
     both = rewrite((SplitConcatenation(), Dilation()), layer.weight, groups, ranges, (8, 16))
     torch.testing.assert_close(both, split * dilation(stretched(layer.weight, split, groups), groups))
     assert torch.equal(rewrite((SplitConcatenation(),), layer.weight, groups, ranges, ()), torch.ones(24))
+
+
+def test_smoothing_shares_the_ranges_of_input_and_weight() -> None:
+    layer, groups, _ = uneven("linear")
+    weight = layer.weight.detach()
+    ranges = torch.rand(24, generator=torch.Generator().manual_seed(2)) + 0.1
+    half = rewrite((Smoothing(strength=0.5),), weight, groups, ranges, ())
+    shared = stretched(weight, half, groups).abs().amax(0) / (ranges / half)
+    torch.testing.assert_close(shared, shared[0].expand(24))
+    whole = rewrite((Smoothing(strength=1.0),), weight, groups, ranges, ())
+    torch.testing.assert_close(ranges / whole, ranges.min().expand(24))
+    grouped, groups, _ = uneven("grouped")
+    assert torch.equal(rewrite((Smoothing(),), grouped.weight, groups, ranges, ()), torch.ones(24))

@@ -103,8 +103,9 @@ def plan(
 ) -> Plan:
     """Decide for every layer of ``structure``.
 
-    Time embedding, first and last layer get 8 bits and no training. The first layer's input, the noisy sample itself,
-    stays in floating point: rounding it to 8 bits alone costs more than all other layers together (docs/log.md).
+    Time embedding, first and last layer get 8 bits and no training. The inputs of the first layer, the noisy sample
+    itself, and of the last, whose rounding no later layer can make good, stay in floating point: at 8 bits each costs
+    more than any other layer (docs/log.md), and together they are a percent of the multiply-accumulates.
     Skip connections read the residual stream, which no norm has evened out: their input gets 8 bits, their weight the
     target bits. ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions
     of skip connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
@@ -120,7 +121,8 @@ def plan(
             info.name, weight_bits, bits, per_step and bits is not None, True, info.macs, _weights(module)
         )
         if info.name in sensitive:
-            wide = None if bits is None or info.name == structure.first else SENSITIVE_BITS
+            outer = info.name in (structure.first, structure.last)
+            wide = None if bits is None or outer else SENSITIVE_BITS
             layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
         elif info.name in structure.skip and bits is not None:
             layer = replace(layer, activation_bits=SENSITIVE_BITS)

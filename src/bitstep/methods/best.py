@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from bitstep.methods.base import Calibration, LearningRates, Method, Phase
 from bitstep.methods.blockwise import BlockwiseDistillation
-from bitstep.methods.dilatequant import SplitConcatenation
 from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.methods.rewrites import SplitConcatenation
 
 _BLOCKS = LearningRates(weight=5e-2, weight_scale=1e-3, activation_scale=5e-3, activation_zero_point=1e-2)
 _WHOLE = LearningRates(weight=2e-2, weight_scale=1e-3, activation_scale=5e-3, activation_zero_point=1e-2)

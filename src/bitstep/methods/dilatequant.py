@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from bitstep.methods.base import (
@@ -29,6 +28,7 @@ from bitstep.methods.base import (
     UniformWeights,
 )
 from bitstep.methods.blockwise import BlockwiseDistillation
+from bitstep.methods.rewrites import SplitConcatenation
 from bitstep.numerics.dilation import dilation, range_aware
 
 
@@ -46,23 +46,6 @@ class Dilation(Rewrite):
     def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
         scale = dilation(weight, groups, symmetric=self.symmetric)
         return range_aware(scale, channel_range) if self.range_aware else scale
-
-
-class SplitConcatenation(Rewrite):
-    """Split quantizers (Q-Diffusion, arXiv 2302.04304) for an input concatenated of tensors with different ranges.
-
-    The parts are brought to the range of the narrowest, so that each is rounded with a step size of its own, and the
-    integer product stays one.
-    """
-
-    kind: Literal["split-concatenation"] = "split-concatenation"
-
-    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
-        if len(parts) < 2:
-            return torch.ones_like(channel_range)
-        ranges = torch.stack([part.max() for part in channel_range.split(list(parts))])
-        ranges = torch.where(ranges > 0, ranges, ranges.max().clamp(min=1e-12))
-        return (ranges / ranges.min()).repeat_interleave(torch.tensor(parts))
 
 
 _SHORT = {

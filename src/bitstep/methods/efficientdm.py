@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitstep.calls import run
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
-from bitstep.methods.dilatequant import SplitConcatenation
+from bitstep.methods.rewrites import SplitConcatenation
 from bitstep.randomness import draw_unevenly
 
 
@@ -95,6 +95,6 @@ EFFICIENTDM = Method(
     ),
     efforts={
         "quick": {**_SHORT, "calibration.images": 32, "training.0.iterations": 250},
-        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 900},
+        "standard": {**_SHORT, "calibration.images": 64, "training.0.iterations": 1_200},
     },
 )
