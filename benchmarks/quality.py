@@ -31,7 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitstep
+from bitstep.methods import METHODS
 from bitstep.metrics import frechet_distance, psnr, ssim
+from bitstep.recipe import parse_bits
 from bitstep.stages.evaluate import extract, load_features
 from bitstep.stages.sample import read, save
 
@@ -46,7 +48,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bits": lambda row: row["bits"],
     "effort": lambda row: row["effort"],
     "seed": lambda row: "-" if row["seed"] is None else str(row["seed"]),
-    "overrides": lambda row: " ".join(row["overrides"]),
+    "images": lambda row: Path(row["data"]).name if row["data"] else "-",
+    "overrides": lambda row: " ".join(f"`{override}`" for override in row["overrides"]),
     "PSNR (dB)": lambda row: _number(row["psnr"], 1),
     "SSIM": lambda row: _number(row["ssim"], 3),
     "Fréchet distance to full precision": lambda row: _number(row["frechet_distance_full_precision"], 1),
@@ -56,12 +59,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "MB on disk": lambda row: _number(row["size_mb"], 2),
     "MACs quantized": lambda row: "-" if row["coverage"] is None else f"{row['coverage']:.1%}",
 }
-CONSTANT = ("effort", "seed", "overrides")  # go into the caption where all rows agree
+CONSTANT = ("effort", "seed", "images", "overrides")  # go into the caption where all rows agree
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a row is about: the arguments of ``bitstep quantize``."""
+    """What a row is about: the arguments of ``bitstep quantize``; ``data`` is a folder of training images."""
 
     source: str
     recipe: str
@@ -69,16 +72,20 @@ class Quantization:
     effort: str
     seed: int
     overrides: list[str]
+    data: str | None = None
 
     @property
     def name(self) -> str:
         """A folder's name."""
-        return slug("-".join(str(v) for v in (self.recipe, self.bits, self.effort, self.seed, *self.overrides)))
+        data = [] if self.data is None else [Path(self.data).name]
+        parts = (self.recipe, self.bits, self.effort, self.seed, *data, *self.overrides)
+        return slug("-".join(str(part) for part in parts))
 
     def command(self, out: Path) -> list[str]:
         options = [f"--{name}={getattr(self, name)}" for name in ("recipe", "bits", "effort", "seed")]
         overrides = [f"--set={override}" for override in self.overrides]
-        return [sys.executable, "-m", "bitstep", "quantize", self.source, f"--out={out}", *options, *overrides]
+        data = [] if self.data is None else [f"--data={self.data}"]
+        return [sys.executable, "-m", "bitstep", "quantize", self.source, f"--out={out}", *options, *data, *overrides]
 
 
 class Judge:
@@ -125,7 +132,19 @@ class Judge:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(argv)
+    settings = parser(__doc__, "quality").parse_args(argv)
+    rows = [
+        Quantization(settings.source, recipe, bits, settings.effort, seed, settings.overrides)
+        for bits in settings.bits
+        for recipe in settings.recipes
+        for seed in settings.seeds
+    ]
+    measure_all(settings, rows)
+
+
+def measure_all(settings: argparse.Namespace, quantizations: Sequence[Quantization]) -> None:
+    """The rows that the results file lacks, one by one, full precision first."""
+    settings.work /= slug(settings.source)
     settings.work.mkdir(parents=True, exist_ok=True)
     results = load_results(settings)
     judge = Judge(settings)
@@ -139,18 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not done:
         finish(full_precision_row(settings.source, judge, settings.work))
-    for quantization in quantizations(settings):
+    for quantization in quantizations:
         if asdict(quantization) not in done:
             finish(measure(quantization, judge, settings.work))
-
-
-def quantizations(settings: argparse.Namespace) -> list[Quantization]:
-    return [
-        Quantization(settings.source, recipe, bits, settings.effort, seed, settings.overrides)
-        for bits in settings.bits
-        for recipe in settings.recipes
-        for seed in settings.seeds
-    ]
 
 
 def measure(quantization: Quantization, judge: Judge, work: Path) -> dict[str, Any]:
@@ -177,6 +187,7 @@ def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
         "effort": "-",
         "seed": None,
         "overrides": [],
+        "data": None,
     }
     size = sum(4 * parameter.numel() for parameter in bitstep.load(source).denoiser.parameters())
     unknown = dict.fromkeys(("minutes", "peak_memory_mb", "coverage"))
@@ -219,7 +230,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
 
 def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
     """Put the table between the markers named for the results file, at the end of the page where there are none."""
-    rows = results["rows"]
+    rows = sorted(results["rows"], key=_place)
     columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
     same = {name: next(iter(values)) for name in CONSTANT if len(values := {*columns[name]} - {"-", ""}) == 1}
     columns = {name: cells for name, cells in columns.items() if name not in same and {*cells} - {"-", ""}}
@@ -249,8 +260,9 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The options of a script that writes ``results/NAME.json``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="demo:fruits32")
     parser.add_argument("--recipes", nargs="+", default=["minmax", "mse", "efficientdm"])
     parser.add_argument("--bits", nargs="+", default=["W8A8", "W4A8", "W4A4", "W2A8"])
@@ -263,15 +275,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--real", type=Path, default=SHARED / "data" / "fruits32", help="folder of images, or .npz")
     parser.add_argument("--tile", type=int, default=32, help="the real images are mosaics of such tiles")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="packed models and samples")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
-    settings = parser.parse_args(argv)
-    settings.work /= slug(settings.source)
-    return settings
+    return parser
 
 
 def slug(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", text)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Most bits first; within the same bits by recipe, settings and seed."""
+    if row["recipe"] == FULL_PRECISION:
+        return ()
+    weight, activation = parse_bits(row["bits"])
+    recipe = [*METHODS, row["recipe"]].index(row["recipe"])
+    return -weight, -activation, recipe, row["effort"], row["data"] or "", row["overrides"], row["seed"]
 
 
 def _number(value: float | None, digits: int) -> str:

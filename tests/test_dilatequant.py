@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitstep.layers import FakeQuantized
 from bitstep.methods.dilatequant import Dilation
-from bitstep.methods.rewrites import SplitConcatenation
+from bitstep.methods.rewrites import Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
 from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.weights import DenseWeight, UniformWeight

@@ -1,0 +1,64 @@
+"""The league table: every method beside the others at every width, with the ablations, on one source.
+
+    python benchmarks/league.py                                   # every row that the results file lacks
+    python benchmarks/league.py --recipes best --bits W4A4        # only those of them
+
+The W4A4 and W1.1A4 rows have three seeds. Rows, columns and resuming are those of quality.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quality import SHARED, Quantization, measure_all, parser
+
+METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "best")
+BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
+BINARY = ("W1A32", "W1A8", "W1A4")
+SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
+IMAGES = str(SHARED / "data" / "fruits32")
+ABLATIONS = (
+    ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
+    ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
+    ("dilatequant", "W4A4", ["rewrites=[{kind: split-concatenation}]"]),
+)
+TECHNIQUES: tuple[list[str], ...] = (
+    ["training.0.techniques=[]"],
+    ["training.0.techniques=[{kind: mimicking, weight: 0.01}]"],
+    ["training.0.techniques=[{kind: mimicking, weight: 0.01, rank: 1.0}]"],
+    ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
+    [],
+)
+
+
+def league() -> Iterator[tuple[str, str, list[str], str | None]]:
+    """Recipe, bits, overrides, training images."""
+    for bits in BITS:
+        for method in METHODS:
+            yield method, bits, [], IMAGES if method == "lsq" else None
+    for recipe, bits, overrides in ABLATIONS:
+        yield recipe, bits, overrides, None
+    for bits in BINARY:
+        yield "binary-baseline", bits, [], IMAGES
+        yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
+        yield "binarydm-ebb", bits, [], IMAGES
+    yield "binary-baseline", "W1A4", [], None
+    for overrides in TECHNIQUES:
+        yield "binarydm", "W1.1A4", overrides, None
+
+
+def main() -> None:
+    options = parser(__doc__, "league")
+    options.set_defaults(recipes=None, bits=None, seeds=[0, 1, 2])
+    settings = options.parse_args()
+    rows = [
+        Quantization(settings.source, recipe, bits, settings.effort, seed, overrides, data)
+        for recipe, bits, overrides, data in league()
+        for seed in (settings.seeds if bits in SEVERAL else settings.seeds[:1])
+        if recipe in (settings.recipes or [recipe]) and bits in (settings.bits or [bits])
+    ]
+    measure_all(settings, rows)
+
+
+if __name__ == "__main__":
+    main()
