@@ -1,7 +1,11 @@
 // softmax(scale Q K^T) V in 16-bit fixed point with 32-bit sums: 2 multiply-adds per lane where fp32 has 1, and finer
-// than bf16. Queries and keys have a step per row, values one per channel; probabilities are fractions of the row's
-// largest, in 13 bits.
+// than bf16. Queries have a step each, the keys of a head one, values one per channel; probabilities are fractions of
+// the row's largest, in 13 bits.
+//
+// Both products are computed transposed, with a query in each lane: softmax then needs no operation across lanes, and
+// its result is the operand of the second product as it stands.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "clone.h"
@@ -12,13 +16,12 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int kWide = 2 * kLanes;      // keys, or channels, accumulated side by side
-constexpr int kRows = 8;               // queries accumulated side by side
-constexpr int kTile = 32;              // queries that share a pass over keys and values
-constexpr int64_t kSpan = 64;          // keys whose weighted values a 32-bit sum holds:
-constexpr int kProbability = 8191;     //   64 x 8191 x 4096 < 2**31
-constexpr float kValue = 4096;
-constexpr int64_t kBlock = 2 * kSpan;  // keys between two corrections of the softmax
+constexpr int kWide = 2 * kLanes;  // queries side by side
+constexpr int kRows = 8;           // keys, or channels of values, multiplied side by side
+constexpr int64_t kBlock = 64;     // keys between two corrections of the softmax, whose weighted values a sum holds:
+constexpr float kValue = 4095;     //   64 x 2**13 x 4095 < 2**31
+constexpr int kProbabilityBits = 13;
+constexpr int64_t kAhead = 12;     // tokens between a load and its use
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -43,27 +46,38 @@ void fix(const float* x, int64_t count, float scale, int16_t* out) {
   }
 }
 
-// The pair of 16-bit values at p in every lane.
+// 2**x within a relative 8e-5, less than the resolution of probabilities; x above -126.
+F rough_exp2(F x) {
+  const F n = round(x), r = x - n;
+  F p = splat(5.51716649e-2f);
+  for (const float c : {2.42611122e-1f, 6.93260986e-1f, 9.99928074e-1f}) p = p * r + splat(c);
+  return scale_by_power(p, n);
+}
+
+// The two 16-bit values at p in every lane.
 I broadcast2(const int16_t* p) { return broadcast4(reinterpret_cast<const uint8_t*>(p)); }
 
-// out[row][column] = sum over pairs of left[row][pair] . right[pair][column], for R rows and kWide columns.
-template <int R>
-void multiply(const int16_t* left, int64_t left_stride, const int32_t* right, int64_t right_stride, int64_t pairs,
-              I (&out)[kRows][2]) {
-  I acc[R][2] = {};
-  for (int64_t pair = 0; pair < pairs; ++pair, right += right_stride) {
+// take(row, half, sum over pairs of left[row][pair] . right[pair][query]) for the queries of a half.
+template <class Take>
+inline __attribute__((always_inline)) void multiply(const int16_t* left, int64_t left_stride, const int32_t* right,
+                                                    int64_t pairs, const Take& take) {
+  I acc[kRows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = I{};
+  for (int64_t pair = 0; pair < pairs; ++pair, right += kWide) {
     const I w0 = load(right);
     const I w1 = load(right + kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const I a = broadcast2(left + r * left_stride + 2 * pair);
       acc[r][0] = dot2(acc[r][0], a, w0);
       acc[r][1] = dot2(acc[r][1], a, w1);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    out[r][0] = acc[r][0];
-    out[r][1] = acc[r][1];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    take(r, 0, acc[r][0]);
+    take(r, 1, acc[r][1]);
   }
 }
 
@@ -73,34 +87,37 @@ class Attention {
       : shape_(shape),
         channels_(int64_t{shape.heads} * shape.head_channels),
         pairs_((shape.head_channels + 1) / 2),
+        words_(round_up(shape.head_channels, kLanes)),
         keys_(round_up(shape.keys, kBlock)),
-        columns_(round_up(shape.head_channels, kWide)),
+        stride_(keys_ + 32),  // not a power of two, whose rows would share few sets of the cache
+        rows_(round_up(shape.head_channels, std::max(kRows, kLanes))),
         limit_(std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (2 * pairs_))) - 1)) {}
 
   void run(const float* q, const float* k, const float* v, float* y, int threads) const {
     const int64_t heads = int64_t{shape_.batch} * shape_.heads;
-    auto* keys = static_cast<int32_t*>(scratch(Slot::kKeys, heads * keys_ * pairs_ * sizeof(int32_t)));
-    auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads * keys_ * sizeof(float)));
-    auto* values = static_cast<int32_t*>(scratch(Slot::kValues, heads * keys_ / 2 * columns_ * sizeof(int32_t)));
-    auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads * columns_ * sizeof(float)));
+    auto* keys = static_cast<int16_t*>(scratch(Slot::kKeys, heads * keys_ * words_ * sizeof(int16_t)));
+    auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads * sizeof(float)));
+    auto* values = static_cast<int16_t*>(scratch(Slot::kValues, heads * rows_ * stride_ * sizeof(int16_t)));
+    auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads * rows_ * sizeof(float)));
     parallel_for(heads, threads, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
         const int64_t start = offset(head, shape_.keys);
-        pack_keys(k + start, keys + head * keys_ * pairs_, key_steps + head * keys_);
-        pack_values(v + start, values + head * keys_ / 2 * columns_, value_steps + head * columns_);
+        key_steps[head] = pack_keys(k + start, keys + head * keys_ * words_);
+        pack_values(v + start, values + head * rows_ * stride_, value_steps + head * rows_);
       }
     });
-    const int64_t tiles = (shape_.queries + kTile - 1) / kTile;
+    const int64_t tiles = (shape_.queries + kWide - 1) / kWide;
     parallel_for(heads * tiles, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / tiles, first = i % tiles * kTile;
+        const int64_t head = i / tiles, first = i % tiles * kWide;
         const int64_t start = offset(head, shape_.queries) + first * channels_;
-        Tile tile(*this, static_cast<int>(std::min<int64_t>(kTile, shape_.queries - first)), q + start);
+        const int queries = static_cast<int>(std::min<int64_t>(kWide, shape_.queries - first));
+        Tile tile(*this, queries, q + start, key_steps[head]);
         for (int64_t key = 0; key < shape_.keys; key += kBlock) {
-          tile.attend(keys + (head * keys_ + key) * pairs_, key_steps + head * keys_ + key,
-                      values + (head * keys_ + key) / 2 * columns_, std::min(kBlock, shape_.keys - key));
+          tile.attend(keys + (head * keys_ + key) * words_, values + head * rows_ * stride_ + key,
+                      std::min(kBlock, shape_.keys - key));
         }
-        tile.finish(value_steps + head * columns_, y + start);
+        tile.finish(value_steps + head * rows_, y + start);
       }
     });
   }
@@ -110,158 +127,155 @@ class Attention {
     return head / shape_.heads * tokens * channels_ + head % shape_.heads * shape_.head_channels;
   }
 
-  // [keys / kWide][pairs][kWide] of two channels
-  void pack_keys(const float* k, int32_t* keys, float* steps) const {
-    auto* row = static_cast<int16_t*>(scratch(Slot::kQueries, row_words() * sizeof(int16_t)));
-    for (int64_t key = 0; key < keys_; ++key, k += channels_) {
-      int32_t* out = keys + key / kWide * pairs_ * kWide + key % kWide;
-      if (key >= shape_.keys) {
-        steps[key] = 0;
-        for (int64_t pair = 0; pair < pairs_; ++pair) out[pair * kWide] = 0;
-        continue;
-      }
-      const float scale = fixed_scale(largest_size(k, shape_.head_channels), limit_);
-      steps[key] = 1 / scale;
-      fix(k, shape_.head_channels, scale, row);
-      for (int64_t pair = 0; pair < pairs_; ++pair) std::memcpy(out + pair * kWide, row + 2 * pair, sizeof(int32_t));
-    }
+  // Start to load a head's part of a token: they lie far apart.
+  void fetch(const float* x) const {
+    for (int64_t c = 0; c < shape_.head_channels; c += 16) __builtin_prefetch(x + c);
   }
 
-  // [keys / 2][columns] of two keys
-  void pack_values(const float* v, int32_t* values, float* steps) const {
-    std::fill(steps, steps + columns_, 0.0f);
+  // [keys][words]; returns the step.
+  float pack_keys(const float* k, int16_t* keys) const {
+    float most = 0;
     for (int64_t key = 0; key < shape_.keys; ++key) {
-      for (int64_t c = 0; c < shape_.head_channels; c += kLanes) {
-        const F value = load_some(v + key * channels_ + c, lanes_left(shape_.head_channels, c));
-        store(steps + c, max(load(steps + c), max(value, -value)));
+      fetch(k + (key + kAhead) * channels_);
+      most = std::max(most, largest_size(k + key * channels_, shape_.head_channels));
+    }
+    const float scale = fixed_scale(most, limit_);
+    for (int64_t key = 0; key < shape_.keys; ++key) {
+      fix(k + key * channels_, shape_.head_channels, scale, keys + key * words_);
+    }
+    std::fill(keys + shape_.keys * words_, keys + keys_ * words_, int16_t{0});
+    return 1 / scale;
+  }
+
+  // [channels][stride], and a step per channel
+  void pack_values(const float* v, int16_t* values, float* steps) const {
+    for (int64_t c = 0; c < rows_; c += kLanes) {
+      const int count = lanes_left(shape_.head_channels, c);
+      F most{};
+      for (int64_t key = 0; key < shape_.keys; ++key) {
+        __builtin_prefetch(v + (key + kAhead) * channels_ + c);
+        const F value = load_some(v + key * channels_ + c, count);
+        most = max(most, max(value, -value));
       }
-    }
-    for (int64_t c = 0; c < columns_; c += kLanes) {
-      const F most = load(steps + c);
-      store(steps + c, most > splat(1e-30f) ? most * splat(1 / kValue) : splat(1.0f));
-    }
-    for (int64_t key = 0; key < keys_; key += 2) {
-      for (int64_t c = 0; c < columns_; c += kLanes) {
-        const int count = lanes_left(shape_.head_channels, c);
-        I both[2] = {};
-        for (int i = 0; i < 2 && count > 0 && key + i < shape_.keys; ++i) {
-          both[i] = to_int(load_some(v + (key + i) * channels_ + c, count) / load(steps + c));
+      const F step = most > splat(1e-30f) ? most * splat(1 / kValue) : splat(1.0f), scale = 1.0f / step;
+      store(steps + c, step);
+      for (int64_t block = 0; block < keys_; block += kBlock) {
+        int32_t pairs[kBlock / 2][kLanes];
+        for (int64_t pair = 0; pair < kBlock / 2; ++pair) {
+          I both[2] = {};
+          for (int i = 0; i < 2; ++i) {
+            const int64_t key = block + 2 * pair + i;
+            if (key < shape_.keys) both[i] = to_int(load_some(v + key * channels_ + c, count) * scale);
+          }
+          store(pairs[pair], (both[0] & 0xffff) | (both[1] << 16));
         }
-        store(values + key / 2 * columns_ + c, (both[0] & 0xffff) | (both[1] << 16));
+        for (int lane = 0; lane < kLanes; ++lane) {
+          int16_t* out = values + (c + lane) * stride_ + block;
+          for (int64_t pair = 0; pair < kBlock / 2; ++pair) std::memcpy(out + 2 * pair, &pairs[pair][lane], sizeof(int32_t));
+        }
       }
     }
   }
-
-  // 16-bit words of a packed row of queries or keys, with room for whole vectors.
-  int64_t row_words() const { return round_up(2 * pairs_, kLanes); }
 
   // Some queries of one head, and what they have gathered from the keys so far.
   class Tile {
    public:
-    Tile(const Attention& attention, int rows, const float* q)
+    Tile(const Attention& attention, int queries, const float* q, float key_step)
         : a_(attention),
-          rows_(rows),
-          queries_(static_cast<int16_t*>(scratch(Slot::kQueries, kTile * a_.row_words() * sizeof(int16_t)))),
-          mixed_(static_cast<float*>(scratch(Slot::kMixed, kTile * a_.columns_ * sizeof(float)))) {
-      std::fill(mixed_, mixed_ + kTile * a_.columns_, 0.0f);
-      for (int r = 0; r < kTile; ++r) {
-        const float* row = q + std::min(r, rows - 1) * a_.channels_;  // a short tile repeats its last row
+          count_(queries),
+          queries_(static_cast<int32_t*>(scratch(Slot::kQueries, a_.pairs_ * kWide * sizeof(int32_t)))),
+          mixed_(static_cast<float*>(scratch(Slot::kMixed, a_.rows_ * kWide * sizeof(float)))) {
+      for (int i = 0; i < queries; ++i) a_.fetch(q + i * a_.channels_);
+      std::fill(mixed_, mixed_ + a_.rows_ * kWide, 0.0f);
+      auto* words = static_cast<int16_t*>(scratch(Slot::kRows, a_.words_ * sizeof(int16_t)));
+      for (int i = 0; i < kWide; ++i) {
+        const float* row = q + std::min(i, queries - 1) * a_.channels_;  // a short tile repeats its last query
         const float scale = fixed_scale(largest_size(row, a_.shape_.head_channels), a_.limit_);
-        steps_[r] = a_.shape_.scale * 1.44269504f / scale;  // logarithms to base 2
-        fix(row, a_.shape_.head_channels, scale, queries_ + r * a_.row_words());
-        most_[r] = -INFINITY;
-        total_[r] = 0;
+        steps_[i / kLanes][i % kLanes] = a_.shape_.scale * 1.44269504f * key_step / scale;  // logarithms to base 2
+        fix(row, a_.shape_.head_channels, scale, words);
+        for (int64_t pair = 0; pair < a_.pairs_; ++pair) {
+          std::memcpy(queries_ + pair * kWide + i, words + 2 * pair, sizeof(int32_t));
+        }
       }
     }
 
     // Add up to kBlock keys; those beyond count are zero in memory.
-    void attend(const int32_t* keys, const float* key_steps, const int32_t* values, int64_t count) {
-      for (int first = 0; first < rows_; first += kRows) {
-        alignas(64) float logits[kRows * kBlock];
-        alignas(64) int16_t probabilities[kRows * kBlock];
-        compute_logits(first, keys, key_steps, count, logits);
-        for (int r = 0; r < kRows; ++r) {
-          compute_probabilities(first + r, logits + r * kBlock, count, probabilities + r * kBlock);
-        }
-        mix(first, probabilities, values, count);
+    void attend(const int16_t* keys, const int16_t* values, int64_t count) {
+      alignas(64) int32_t logits[kBlock * kWide];
+      alignas(64) int32_t probabilities[kBlock / 2 * kWide];
+      I most[2] = {most_[0], most_[1]};
+      for (int64_t key = 0; key < count; key += kRows) {
+        multiply(keys + key * a_.words_, a_.words_, queries_, a_.pairs_, [&](int r, int half, I sums) {
+          if (key + r < count) most[half] = sums > most[half] ? sums : most[half];
+          store(logits + (key + r) * kWide + half * kLanes, sums);
+        });
       }
+      F correction[2];
+      for (int half = 0; half < 2; ++half) {
+        correction[half] = exp2((to_float(most_[half]) - to_float(most[half])) * steps_[half]);
+        most_[half] = most[half];
+        const I total = exponentiate(logits + half * kLanes, count, half, probabilities + half * kLanes);
+        total_[half] = total_[half] * correction[half] + to_float(total);
+      }
+      mix(values, probabilities, (count + 1) / 2, correction);
     }
 
     void finish(const float* value_steps, float* y) const {
-      for (int r = 0; r < rows_; ++r) {
-        const F inverse = splat(1 / (total_[r] * kProbability));
-        for (int64_t c = 0; c < a_.shape_.head_channels; c += kLanes) {
-          const F value = load(mixed_ + r * a_.columns_ + c) * inverse * load(value_steps + c);
-          store_some(y + r * a_.channels_ + c, value, lanes_left(a_.shape_.head_channels, c));
+      const F inverse[2] = {1.0f / total_[0], 1.0f / total_[1]};
+      for (int64_t c = 0; c < a_.shape_.head_channels; ++c) {
+        for (int half = 0; half < 2; ++half) {
+          const F value = load(mixed_ + c * kWide + half * kLanes) * inverse[half] * splat(value_steps[c]);
+          store(mixed_ + c * kWide + half * kLanes, value);
         }
+      }
+      for (int i = 0; i < count_; ++i) {
+        for (int64_t c = 0; c < a_.shape_.head_channels; ++c) y[i * a_.channels_ + c] = mixed_[c * kWide + i];
       }
     }
 
    private:
-    void compute_logits(int first, const int32_t* keys, const float* key_steps, int64_t count, float* logits) const {
-      for (int64_t key = 0; key < count; key += kWide) {
-        I sums[kRows][2];
-        multiply<kRows>(queries_ + first * a_.row_words(), a_.row_words(), keys + key * a_.pairs_, kWide, a_.pairs_,
-                        sums);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t at = key + half * kLanes;
-          const F step = load(key_steps + at);
-          for (int r = 0; r < kRows; ++r) {
-            store(logits + r * kBlock + at, to_float(sums[r][half]) * (splat(steps_[first + r]) * step));
-          }
-        }
+    // Logits [count][kWide] to probabilities [count / 2][kWide] of two keys; returns their sums.
+    I exponentiate(const int32_t* logits, int64_t count, int half, int32_t* probabilities) const {
+      const F step = steps_[half], shift = splat(float{kProbabilityBits}) - to_float(most_[half]) * step;
+      const auto probability = [&](int64_t key) {
+        return to_int(rough_exp2(max(to_float(load(logits + key * kWide)) * step + shift, splat(-8.0f))));
+      };
+      I total{};
+      int64_t key = 0;
+      for (; key + 1 < count; key += 2) {
+        const I even = probability(key), odd = probability(key + 1);
+        total += even + odd;
+        store(probabilities + key / 2 * kWide, even | (odd << 16));
       }
-      for (int64_t at = count; at < round_up(count, kLanes); ++at) {
-        for (int r = 0; r < kRows; ++r) logits[r * kBlock + at] = -INFINITY;
+      if (key < count) {
+        const I even = probability(key);
+        total += even;
+        store(probabilities + key / 2 * kWide, even);
       }
+      return total;
     }
 
-    void compute_probabilities(int row, const float* logits, int64_t count, int16_t* probabilities) {
-      F most = load(logits);
-      for (int64_t at = kLanes; at < count; at += kLanes) most = max(most, load(logits + at));
-      const float top = std::max(most_[row], largest(most));
-      if (top > most_[row]) {
-        const float correction = std::exp2(most_[row] - top);
-        total_[row] *= correction;
-        float* mixed = mixed_ + row * a_.columns_;
-        for (int64_t c = 0; c < a_.columns_; ++c) mixed[c] *= correction;
-        most_[row] = top;
-      }
-      F total{};
-      int64_t at = 0;
-      for (; at < count; at += kLanes) {
-        const F fraction = exp2(load(logits + at) - top);
-        total += fraction;
-        store_words(probabilities + at, to_int(fraction * splat(float{kProbability})));
-      }
-      std::fill(probabilities + at, probabilities + kBlock, int16_t{0});
-      total_[row] += sum(total);
-    }
-
-    void mix(int first, const int16_t* probabilities, const int32_t* values, int64_t count) {
-      for (int64_t key = 0; key < count; key += kSpan) {
-        for (int64_t c = 0; c < a_.columns_; c += kWide) {
-          I sums[kRows][2];
-          multiply<kRows>(probabilities + key, kBlock, values + key / 2 * a_.columns_ + c, a_.columns_, kSpan / 2,
-                          sums);
-          for (int r = 0; r < kRows; ++r) {
-            float* mixed = mixed_ + (first + r) * a_.columns_ + c;
-            store(mixed, load(mixed) + to_float(sums[r][0]));
-            store(mixed + kLanes, load(mixed + kLanes) + to_float(sums[r][1]));
-          }
-        }
+    // mixed = correction * mixed + values . probabilities
+    void mix(const int16_t* values, const int32_t* probabilities, int64_t pairs, const F (&correction)[2]) {
+      for (int64_t c = 0; c < a_.shape_.head_channels; c += kRows) {
+        multiply(values + c * a_.stride_, a_.stride_, probabilities, pairs, [&](int r, int half, I sums) {
+          float* mixed = mixed_ + (c + r) * kWide + half * kLanes;
+          store(mixed, load(mixed) * correction[half] + to_float(sums));
+        });
       }
     }
 
     const Attention& a_;
-    const int rows_;
-    int16_t* queries_;
+    const int count_;
+    int32_t* queries_;
     float* mixed_;
-    float steps_[kTile], most_[kTile], total_[kTile];
+    F steps_[2];
+    I most_[2] = {splat(-INT_MAX), splat(-INT_MAX)};
+    F total_[2] = {};
   };
 
   const bitstep_attention_shape& shape_;
-  int64_t channels_, pairs_, keys_, columns_;
+  int64_t channels_, pairs_, words_, keys_, stride_, rows_;
   float limit_;
 };
 
