@@ -31,6 +31,10 @@ def test_sizes_and_operations(packed_pipeline: Path) -> None:
     assert kinds["conv_in"] == "conv2d"
     assert kinds["time_embedding.linear_1"] == "linear"
     assert all(layer["kernel"] for layer in facts["layers"])
+    if all(layer["kernel"] == "cpu" for layer in facts["layers"]):
+        assert "mid_block.resnets.0" in facts["fused_blocks"]
+    else:
+        assert facts["fused_blocks"] == []
 
 
 def test_floating_point_activations_count_as_flops(tmp_path: Path) -> None:

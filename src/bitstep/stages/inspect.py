@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from bitstep.checkpoint.config import Manifest
 from bitstep.errors import BitstepError
 from bitstep.runtime.dispatch import packed_layers
+from bitstep.runtime.fused import fused_blocks
 from bitstep.stages.load import Source, load
 
 FULL_PRECISION_BYTES = 4  # of a float32 parameter
@@ -30,6 +31,7 @@ def inspect(directory: Path) -> dict[str, Any]:
         binary networks, arXiv 2003.03488), and flops / ops
     macs_quantized: share of the multiply-accumulates in packed layers
     layers: name, kind, weight_bits, activation_bits (None: floating point), kernel, macs
+    fused_blocks: names of the residual, attention and transformer blocks that run fused; the others run layer by layer
     """
     source = load(directory)
     macs = packed_manifest(source).macs
@@ -65,6 +67,7 @@ def inspect(directory: Path) -> dict[str, Any]:
         "ops_saving": macs.total / ops,
         "macs_quantized": macs.quantized / macs.total,
         "layers": layers,
+        "fused_blocks": fused_blocks(source.denoiser),
     }
 
 

@@ -1,0 +1,105 @@
+"""Peak memory of training: block-wise distillation against end-to-end distillation of the same model.
+
+    python benchmarks/memory.py
+
+The model is a diffusers UNet of the size of google/ddpm-cifar10-32 with random weights. Each objective trains a student
+in a process of its own, with the same slots (W4A4, batch size, dense weights, a step size per timestep), for a few
+iterations of every unit; what is compared is the growth of the peak resident memory from the moment training starts.
+Block-wise distillation keeps the inputs and outputs of the block at hand on disk; their size is reported beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from torch import nn
+
+from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase
+from bitstep.methods.blockwise import BlockwiseDistillation
+from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.stages.calibrate import record
+from bitstep.stages.finetune import TrainingState, finetune
+from bitstep.stages.load import Source
+from bitstep.stages.prepare import prepare
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+SAMPLES, BATCH, ITERATIONS = 64, 16, 2
+OBJECTIVES: dict[str, Objective] = {
+    "end to end": TrajectoryDistillation(),
+    "block-wise": BlockwiseDistillation(samples=SAMPLES),
+}
+
+
+def measure(objective: Objective) -> dict[str, float]:
+    """Megabytes that training adds to the resident memory at its peak, and that it keeps on disk."""
+    from cpu import build
+
+    torch.manual_seed(0)
+    denoiser: nn.Module = build("A").get_submodule("model").requires_grad_(False)
+    source = Source("random", DDIMPipeline(denoiser, DDIMScheduler()), "unet")
+    phase = Phase(
+        objective=objective,
+        iterations=ITERATIONS,
+        batch_size=BATCH,
+        learning_rates=LearningRates(weight=1e-3, weight_scale=1e-3, activation_scale=1e-3),
+    )
+    method = Method(name="memory", calibration=Calibration(range_images=2), training=(phase,))
+    with tempfile.TemporaryDirectory() as folder:
+        pool = record(source, Path(folder) / "pool", images=SAMPLES // 4, batch_size=BATCH, steps=4, seed=0)
+        student = prepare(denoiser, pool, method, weight_bits=4, activation_bits=4)
+        context = Context(
+            teacher=denoiser,
+            student=student.denoiser,
+            layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
+            structure=student.structure,
+            cursor=student.cursor,
+            pool=pool,
+            stream=lambda _: pool,
+            folder=Path(folder),
+            seed=0,
+        )
+        before, disk = _reset_peak(), 0
+        for _ in finetune(context, method.training, TrainingState()):
+            disk = max(disk, sum(file.stat().st_size for file in (Path(folder) / "block").glob("*")))
+        return {"memory_mb": _peak() - before, "disk_mb": disk / 1e6}
+
+
+def _peak() -> float:
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / 1e6
+
+
+def _reset_peak() -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now (Linux)
+    return _peak()
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--objective", choices=OBJECTIVES, help=argparse.SUPPRESS)
+    chosen = arguments.parse_args().objective
+    if chosen:
+        print(json.dumps(measure(OBJECTIVES[chosen])))
+        return
+    rows = {}
+    for name in OBJECTIVES:
+        process = subprocess.run([sys.executable, __file__, "--objective", name], stdout=subprocess.PIPE, check=True)
+        rows[name] = json.loads(process.stdout.splitlines()[-1])
+        print(name, rows[name])
+    ratio = rows["block-wise"]["memory_mb"] / rows["end to end"]["memory_mb"]
+    settings = {"bits": "W4A4", "batch_size": BATCH, "samples": SAMPLES, "torch": torch.__version__}
+    RESULTS.write_text(json.dumps({"settings": settings, "rows": rows, "ratio": ratio}, indent=2) + "\n")
+    print(f"block-wise / end to end: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
