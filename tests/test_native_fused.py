@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.resnet import ResnetBlock2D
 from test_native import Case, tensors_for
 from torch import Tensor, nn
@@ -146,6 +148,17 @@ def test_transformer_block_with_adaptive_normalization() -> None:
     )
     labels = torch.tensor([1, 7])
     assert_close(*run_both(block, torch.randn(2, 9, 16), timestep=torch.tensor([3, 5]), class_labels=labels))
+
+
+def test_embedding_of_timestep_and_label() -> None:
+    block = CombinedTimestepLabelEmbeddings(10, 16)
+    assert_same(*run_both(block, torch.tensor([3.0, 500.0]), torch.tensor([1, 7]), hidden_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("size", [(6, 6), (5, 8)])
+def test_downsampling_with_a_border_on_one_side(size: tuple[int, int]) -> None:
+    got, expected = run_both(Downsample2D(16, use_conv=True, padding=0, name="op"), torch.randn(2, 16, *size))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(("queries", "keys", "heads", "channels"), [(37, 300, 3, 17), (5, 5, 2, 64), (33, 1, 1, 40)])

@@ -13,6 +13,8 @@ import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -62,9 +64,9 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         x = _nhwc(input_tensor)
         bias = None
         if self.time_emb_proj is not None and temb is not None:
-            bias = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
-            if self.conv1.bias is not None:
-                bias = bias + self.conv1.bias
+            bias = _project(
+                self.time_emb_proj, temb, None if self.skip_time_act else self.nonlinearity, self.conv1.bias
+            )
             bias = bias.expand(len(x), -1).contiguous()
         h = _run(self.conv1, x, _group_norm(self.norm1, "silu"), bias=bias)
         residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
@@ -93,7 +95,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if kwargs.get("temb") is not None or not self.runs_fused(hidden_states, attention_mask):
+        if not self.runs_fused(hidden_states, attention_mask):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **kwargs
             )
@@ -190,20 +192,23 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
                 added_cond_kwargs,
             )
         x = hidden_states.contiguous()[:, None]
-        gate_attention = gate_feed = scale = shift = None
+        gate_attention = gate_feed = gain = shift = None
         if self.norm_type == "ada_norm_zero":
             norm = self.norm1
-            embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
-            rows = norm.linear(norm.silu(embedding)).chunk(6, dim=1)
-            shift, scale, gate_attention, *late = (row.contiguous() for row in rows)
-            before = _layer_norm(norm.norm, scale, shift)
-            shift, scale, gate_feed = late
+            embedding: Any = (
+                norm.emb(timestep, class_labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
+            )
+            one = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).repeat_interleave(x.shape[-1])  # scales are gains less 1
+            rows = _project(norm.linear, embedding, norm.silu, one).chunk(6, dim=1)
+            shift, gain, gate_attention, *late = (row.contiguous() for row in rows)
+            before = _layer_norm(norm.norm, gain, shift)
+            shift, gain, gate_feed = late
         else:
             before = _layer_norm(self.norm1)
         x = self.attn1.attend(x, before, gain=gate_attention, residual=x)
         if self.attn2 is not None:
             x = self.attn2.attend(x, _layer_norm(self.norm2), context=encoder_hidden_states, residual=x)
-        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, scale, shift)), None
+        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, gain, shift)), None
         if isinstance(project, GEGLU):
             value, gate = hidden.chunk(2, dim=-1)
             hidden = value * F.gelu(gate)
@@ -214,7 +219,64 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         return _run(out, hidden, activate, gain=gate_feed, residual=x)[:, 0]
 
 
-_FUSED = (FusedResnetBlock2D, FusedAttention, FusedBasicTransformerBlock)
+class FusedTimestepEmbedding(TimestepEmbedding):  # type: ignore[misc]
+    """Two linear layers with SiLU between them."""
+
+    @staticmethod
+    def recognises(block: TimestepEmbedding) -> bool:
+        return (
+            block.cond_proj is None
+            and block.post_act is None
+            and isinstance(block.act, nn.SiLU)
+            and _native(block.linear_1, block.linear_2)
+        )
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        return _project(self.linear_2, self.linear_1(sample), self.act, None)
+
+
+class FusedLabelEmbedding(CombinedTimestepLabelEmbeddings):  # type: ignore[misc]
+    """The embedding of the timestep plus that of the label."""
+
+    @staticmethod
+    def recognises(block: CombinedTimestepLabelEmbeddings) -> bool:
+        return FusedTimestepEmbedding.recognises(block.timestep_embedder)
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        embedder = self.timestep_embedder
+        if type(embedder) is not FusedTimestepEmbedding or embedder._forward_hooks or embedder._forward_pre_hooks:
+            return super().forward(timestep, class_labels, hidden_dtype)  # type: ignore[no-any-return]
+        hidden = embedder.linear_1(self.time_proj(timestep).to(dtype=hidden_dtype))
+        return _project(embedder.linear_2, hidden, embedder.act, self.class_embedder(class_labels))
+
+
+class FusedDownsample2D(Downsample2D):  # type: ignore[misc]
+    """A strided convolution after a row and a column of zeros, which are written around a map as it lies in memory."""
+
+    @staticmethod
+    def recognises(block: Downsample2D) -> bool:
+        return block.use_conv and block.padding == 0 and block.norm is None and _native(block.conv)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not _runs_fused(hidden_states, self.conv):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        x = _nhwc(hidden_states)
+        batch, height, width, channels = x.shape
+        padded = x.new_empty(batch, height + 1, width + 1, channels)
+        padded[:, height:] = 0
+        padded[:, :height, width:] = 0
+        padded[:, :height, :width] = x
+        return _nchw(_run(self.conv, padded))
+
+
+_FUSED = (
+    FusedResnetBlock2D,
+    FusedAttention,
+    FusedBasicTransformerBlock,
+    FusedTimestepEmbedding,
+    FusedLabelEmbedding,
+    FusedDownsample2D,
+)
 
 
 def _native(*layers: nn.Module) -> bool:
@@ -248,14 +310,24 @@ def _group_norm(norm: nn.GroupNorm, activation: Activation = "none") -> Before:
     return Before(eps=norm.eps, groups=norm.num_groups, gain=norm.weight, shift=norm.bias, activation=activation)
 
 
-def _layer_norm(norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None) -> Before:
-    """``norm(x) * (1 + scale) + shift``; scale and shift ``[batch, channels]``."""
-    gain: Tensor | None = norm.weight
-    offset: Tensor | None = norm.bias
-    if scale is not None and shift is not None:
-        gain = 1 + scale if gain is None else gain * (1 + scale)
-        offset = shift if offset is None else offset * (1 + scale) + shift
-    return Before(eps=norm.eps, gain=gain, shift=offset)
+def _layer_norm(norm: nn.LayerNorm, gain: Tensor | None = None, shift: Tensor | None = None) -> Before:
+    """``norm(x) * gain + shift``; gain and shift ``[batch, channels]``."""
+    if gain is None or shift is None:
+        return Before(eps=norm.eps, gain=norm.weight, shift=norm.bias)
+    if norm.bias is not None:
+        shift = norm.bias * gain + shift
+    return Before(eps=norm.eps, gain=gain if norm.weight is None else norm.weight * gain, shift=shift)
+
+
+def _project(layer: nn.Module, x: Tensor, activation: nn.Module | None, extra: Tensor | None) -> Tensor:
+    """``layer(activation(x)) + extra``; x ``[batch, in]``, extra ``[out]`` or ``[batch, out]``."""
+    known = isinstance(activation, nn.SiLU | None)
+    if known and x.ndim == 2 and isinstance(layer, PackedModule) and _runs_fused(x, layer, activation or layer):
+        residual = None if extra is None else extra.expand(len(x), -1).contiguous()
+        before = None if activation is None else Before(activation="silu")
+        return _run(layer, x.contiguous()[:, None, None], before, residual=residual)[:, 0, 0]
+    y: Tensor = layer(x if activation is None else activation(x))
+    return y if extra is None else y + extra
 
 
 def _nhwc(x: Tensor) -> Tensor:

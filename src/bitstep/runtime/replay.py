@@ -28,6 +28,7 @@ from bitstep.runtime.tape import Tape, record
 from bitstep.steps import Position, StepCursor
 
 _KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
+_ELSEWHERE = {name for name in vars(nn.Module()) if "backward" in name or "state_dict" in name}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -126,7 +127,7 @@ class Watch:
         self._cursor: StepCursor | None = next(iter(cursors), None)
         self._live = [part for module in modules for part in _parts(module)]
         self._then = [part.copy() for part in self._live]
-        self._tensors: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._tensors_then = list(chain.from_iterable(d.values() for d in self._tensors))
 
     def sees_change(self) -> bool:
@@ -153,7 +154,7 @@ class Watch:
 def _parts(module: nn.Module) -> list[Any]:
     """The dictionaries and lists that hold what ``module`` is."""
     own = vars(module)
-    parts = [own, *(value for value in own.values() if isinstance(value, dict | list))]
+    parts = [own, *(v for name, v in own.items() if isinstance(v, dict | list) and name not in _ELSEWHERE)]
     processor = own.get("processor")  # of attention
     return parts if processor is None else [*parts, vars(processor)]
 

@@ -12,6 +12,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -201,12 +202,13 @@ class Tape:
         self._inputs = [_distinct(place(view)) for view in recorder.inputs]
         self._calls = [entry.bind(*tree_map_only(View, place, entry.args)) for entry in entries]
         self._outputs = [place(leaf) if isinstance(leaf, View) else leaf for leaf in leaves]
-        self._constants = [(tensor, tensor._version) for tensor in recorder.constants.values()]
+        self._constants = list(recorder.constants.values())
+        self._versions = list(map(_version, self._constants))
         self._entries = entries  # keeps alive what the calls point to
 
     def is_stale(self) -> bool:
         """Whether a constant was changed in place."""
-        return any(tensor._version != version for tensor, version in self._constants)
+        return list(map(_version, self._constants)) != self._versions
 
     def run(self, *args: Any) -> Any:
         """What the recorded function gives for ``args``, in new tensors."""
@@ -298,6 +300,9 @@ def _out_variant(op: OpOverload[Any, Any]) -> tuple[OpOverload[Any, Any] | None,
 def _distinct(x: Tensor) -> Tensor:
     """The part of an expanded tensor that has memory of its own."""
     return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())] if 0 in x.stride() else x
+
+
+_version = attrgetter("_version")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
