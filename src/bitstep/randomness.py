@@ -21,14 +21,6 @@ def draw(population: int, count: int, seed: int, purpose: str, iteration: int) -
     return torch.stack([_order(population, seed, purpose, epoch)[place] for epoch, place in places])
 
 
-def draw_unevenly(frequency: Tensor, count: int, seed: int, purpose: str, iteration: int) -> Tensor:
-    """Batch number ``iteration`` of indices ``[count]``, index i as often as ``frequency[i]`` says; when all are equal,
-    evenly as by :func:`draw`."""
-    if bool((frequency == frequency[0]).all()):
-        return draw(len(frequency), count, seed, purpose, iteration)
-    return torch.multinomial(frequency, count, replacement=True, generator=generator(seed, purpose, iteration))
-
-
 @lru_cache(maxsize=4)
 def _order(population: int, seed: int, purpose: str, epoch: int) -> Tensor:
     return torch.randperm(population, generator=generator(seed, purpose, epoch))

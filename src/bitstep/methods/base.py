@@ -202,7 +202,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 class Objective(Variant):
     """What training minimises.
 
-    emphasis: timestep t counts as its sensitivity to the power of this; 0 counts all timesteps alike
+    emphasis: the loss at timestep t is weighted by its sensitivity to the power of this; 0 counts all timesteps alike
     """
 
     wants_images: ClassVar[bool] = False

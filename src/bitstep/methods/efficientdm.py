@@ -20,7 +20,7 @@ from torch import Tensor
 from bitstep.calls import run
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
 from bitstep.methods.rewrites import SplitConcatenation
-from bitstep.randomness import draw_unevenly
+from bitstep.randomness import draw
 
 
 class TrajectoryDistillation(Objective):
@@ -35,19 +35,16 @@ class TrajectoryDistillation(Objective):
     order: Literal["shuffled", "streaming"] = "shuffled"
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        # half of the emphasis chooses what is looked at more often: gradients are less noisy than with weights alone
-        frequency = context.loss_weights(context.pool.timesteps[context.pool.step_of], self.emphasis / 2)
-
         def loss(iteration: int) -> Tensor:
             if self.order == "shuffled":
-                pool, emphasis = context.pool, self.emphasis / 2
-                indices = draw_unevenly(frequency, phase.batch_size, context.seed, "trajectory", iteration)
+                pool = context.pool
+                indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)
             else:
                 trajectory, step = divmod(iteration, len(context.pool.timesteps))
-                pool, emphasis = context.stream(trajectory), self.emphasis
+                pool = context.stream(trajectory)
                 indices = pool.indices_at(len(pool.timesteps) - 1 - step)[: phase.batch_size]
             call, target = context.batch(pool, indices)
-            weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], emphasis)
+            weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
             return distance(run(context.student, call), target, pool.guidance, weights)
 
         if start == 0:
@@ -67,7 +64,7 @@ _SHORT = {
     # what little can be learned is better spent on the steps whose errors carry
     "calibration.steps": 50,
     "calibration.eta": 0.0,
-    "training.0.objective.emphasis": 1.0,
+    "training.0.objective.emphasis": 0.5,
     "training.0.batch_size": 8,
     "training.0.learning_rates": {
         "adapter": 0.1,
