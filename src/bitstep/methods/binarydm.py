@@ -76,7 +76,10 @@ class BinaryWeights(Weights):
 
 
 class DiffusionLoss(Objective):
-    """The loss that diffusion models are trained with, on the user's images; without any, trajectory distillation."""
+    """The loss that diffusion models are trained with, on the user's images; without any, trajectory distillation.
+
+    Only the latter knows an emphasis.
+    """
 
     kind: Literal["diffusion"] = "diffusion"
     wants_images: ClassVar[bool] = True
@@ -250,6 +253,7 @@ def _unconditional(call: Call) -> tuple[str, str]:
 _SHORT = {
     # signs flip only where a weight has travelled its own size: a few hundred iterations need large steps
     "calibration.steps": 50,
+    "training.0.objective.emphasis": 0.5,
     "training.0.batch_size": 8,
     "training.0.ema": 0.0,
     "training.0.learning_rates": {"weight": 2e-2, "weight_scale": 1e-2, "activation_scale": 1e-2},
