@@ -146,7 +146,8 @@ def _fit(
         )
 
     found = None
-    if any(phase.objective.emphasis for phase in method.training):
+    distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
+    if any(objective.emphasis for objective in distilled):
         with report.bar("measure how far errors carry") as update:
             found = _once(work / SENSITIVITY, lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
 
