@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +174,30 @@ def test_a_forced_backend_that_refuses_says_why() -> None:
     assert set(kernels_in_use(model).values()) == {"reference"}
     with pytest.raises(UsageError, match="no backend named 'quantum': expected one of cpu, onednn, reference"):
         set_backend(model, "quantum")
+
+
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(37, 21), nn.Conv1d(6, 40, 3), nn.Conv2d(5, 70, (3, 2)), nn.Conv2d(33, 3, 1)],
+    ids=["linear", "conv1d", "conv2d", "pointwise"],
+)
+def test_codes_are_held_once_and_given_back(layer: nn.Module, bits: int, activation_bits: int) -> None:
+    for options in ({"bases": 2} if bits == 1 else {"symmetric": False} if bits < 8 else {}, {}):
+        packed = random_layer(layer, bits, activation_bits, **options)
+        module = filled(layer, packed)
+        before = module.state_dict()
+        order = list(before)
+        set_backend(module)
+        module.prepare()
+        held = sum(tensor.nbytes for tensor in module.buffers())
+        if module.kernel.name == "cpu":
+            assert held == sum(tensor.nbytes for name, tensor in before.items() if name != "weight_packed")
+        for _ in range(2):
+            assert list(module.state_dict()) == order
+            for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+                assert all(torch.equal(tensor, before[name]) for name, tensor in twin.state_dict().items())
+            assert torch.equal(module.weight, packed.weight.dequantize())
+            module.load_state_dict(before)
+            module.prepare()

@@ -76,6 +76,9 @@ class Convolution:
         self.in_channels, self.out_channels = problem.in_channels, problem.out_channels
         self.padded_channels = _round_up(problem.in_channels, self.granule)
         self.top = 2**problem.activation_bits - 1
+        self.kernel = kernel
+        bases, out, length = tensors.weight.codes.shape
+        self.shape = (bases, out, length)
         self.packed = pack_columns(tensors.weight, kernel, table)
         self.bias = None if tensors.bias is None else tensors.bias.float().contiguous()
         reciprocal = tensors.channel_reciprocal
@@ -90,7 +93,7 @@ class Convolution:
             dilation_h=dilation[0],
             dilation_w=dilation[1],
             bits=self.packed.bits,
-            bases=tensors.weight.codes.shape[0],
+            bases=bases,
             panel=self.packed.panel,
             table=table,
             weight=self.packed.weight.data_ptr(),
@@ -163,6 +166,9 @@ class Convolution:
             y.data_ptr(),
             torch.get_num_threads(),
         )
+
+    def codes(self) -> Tensor:
+        return unpack_columns(self.packed, self.shape, self.kernel, bool(self.layer.table))
 
     def _extent(self, axis: int, size: int) -> int:
         return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
@@ -266,6 +272,27 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) 
         sum=sums.contiguous(),
         scale=scale.contiguous(),
     )
+
+
+def unpack_columns(columns: Columns, shape: tuple[int, int, int], kernel: tuple[int, int], table: bool) -> Tensor:
+    """The codes, uint8 ``[bases, out, n]`` = ``shape``, that :func:`pack_columns` re-laid."""
+    bases, out, length = shape
+    share, granules = 8 // columns.bits, -(-length // prod(kernel) // (16 if table else 4))
+    parts: list[Tensor] = []
+    begin = 0
+    for zero in torch.split(columns.zero, columns.panel):
+        blocks = prod(kernel) * granules * len(zero)
+        end = begin + -(-blocks // share)
+        shared = torch.stack([columns.weight[begin:end] >> columns.bits * i for i in range(share)], 1)
+        parts.append(shared.reshape(-1, 64)[:blocks].reshape(*kernel, granules, len(zero), _COLUMN, 4))
+        begin = end
+    codes: Tensor = torch.cat(parts, 3).permute(3, 4, 2, 5, 0, 1).flatten(2, 3) & (2**columns.bits - 1)
+    if table:
+        codes = torch.stack([codes >> i & 1 for i in range(4)], 3).flatten(2, 3)
+    elif columns.bits == 8:
+        codes = codes + columns.zero[:, ::4, None, None, None].view(torch.uint8)
+    codes = codes.reshape(-1, bases, *codes.shape[1:]).transpose(0, 1).flatten(1, 2)
+    return codes[:, :out, : length // prod(kernel)].reshape(shape)
 
 
 def _interleave(x: Tensor) -> Tensor:

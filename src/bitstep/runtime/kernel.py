@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -53,6 +53,15 @@ class LayerTensors:
     weight: QuantizedWeight
     bias: Tensor | None
     channel_reciprocal: Tensor | None
+
+
+@runtime_checkable
+class CodeKeeper(Protocol):
+    """A :data:`Forward` that can give back the codes it was made of: the layer then need not hold them as well."""
+
+    def codes(self) -> Tensor:
+        """The weight codes, uint8 ``[bases, out, n]``."""
+        ...
 
 
 class Kernel(ABC):

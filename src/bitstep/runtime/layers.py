@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.errors import BitstepError
-from bitstep.numerics.packing import QuantizedWeight, packed_size, unpack
-from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
+from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
 from bitstep.steps import Position, StepCursor, interpolate_scale, interpolate_zero_point, per_sample
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -96,7 +96,7 @@ class InputRows:
         if position is not self._position:
             self._position, self._found = position, {}
         if layer not in self._found:
-            self._found |= self._look_up(position, layer.weight_packed.device)
+            self._found |= self._look_up(position, layer.weight_scale.device)
         return self._found[layer]
 
     def forget(self) -> None:
@@ -104,7 +104,7 @@ class InputRows:
         self._position = None
 
     def _look_up(self, position: Position, device: torch.device) -> dict[PackedModule, tuple[Tensor, Tensor]]:
-        layers = [layer for layer in self.layers if layer.weight_packed.device == device]
+        layers = [layer for layer in self.layers if layer.weight_scale.device == device]
         fraction = None if position.fraction is None else position.fraction[:, None].to(device)
         position = Position(position.lower.to(device), position.upper.to(device), fraction)
         scale, zero_point = (
@@ -128,11 +128,13 @@ class PackedModule(nn.Module):
         input_channel_reciprocal  float32 [in]          dilated weights
         bias                      float32 [out]
 
+    A kernel that keeps the codes (:class:`~bitstep.runtime.kernel.CodeKeeper`) is their only holder while it is in use;
+    ``weight_packed`` is then made anew whenever it is read or saved.
+
     ``choose`` picks the kernel, when the layer first runs and again after it moved to another device; see
     :func:`bitstep.runtime.dispatch.set_backend`.
     """
 
-    weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     input_scale: Tensor | None
@@ -159,9 +161,18 @@ class PackedModule(nn.Module):
         self._register_buffers(like.bias is not None, like.weight.device)
 
     @property
+    def weight_packed(self) -> Tensor:
+        stored = self._buffers.get("weight_packed")
+        if stored is not None:
+            return stored
+        if not isinstance(self._run, CodeKeeper):
+            raise AttributeError("weight_packed")
+        return pack(self._run.codes(), self.format.weight_bits)
+
+    @property
     def problem(self) -> Problem:
         """What the layer asks of a kernel, on the device where its tensors are."""
-        return replace(self._problem, device=self.weight_packed.device.type)
+        return replace(self._problem, device=self.weight_scale.device.type)
 
     @property
     def kernel(self) -> Kernel:
@@ -196,6 +207,8 @@ class PackedModule(nn.Module):
     def prepare(self) -> None:
         """Choose the kernel and re-lay the weight out for it, now rather than in the first forward pass."""
         self._run = self.kernel.prepare(self.problem, self.tensors())
+        if isinstance(self._run, CodeKeeper):
+            self._buffers["weight_packed"] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in float32 and returns the dtype of ``x``."""
@@ -215,6 +228,7 @@ class PackedModule(nn.Module):
 
     def forget_kernel(self) -> None:
         """Drop what was prepared from the tensors, because they or their device change."""
+        self._buffers["weight_packed"] = self.weight_packed
         self._kernel = self._run = None
         if self.rows is not None:
             self.rows.forget()
@@ -251,9 +265,16 @@ class PackedModule(nn.Module):
         self.forget_kernel()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        stored = self._buffers["weight_packed"]
+        self._buffers["weight_packed"] = self.weight_packed
+        super()._save_to_state_dict(*args, **kwargs)
+        self._buffers["weight_packed"] = stored
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy prepares its own kernel: its tensors may be changed
-        return {**self.__dict__, "_kernel": None, "_run": None}
+        buffers = {**self._buffers, "weight_packed": self.weight_packed}
+        return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_run": None}
 
 
 class PackedLinear(PackedModule, nn.Linear):  # type: ignore[misc, override]
