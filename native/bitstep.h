@@ -55,7 +55,7 @@ typedef struct {
 // has the bits [bits j, bits j + bits) of each byte.
 //
 // Without table, granule is 4 and a byte is a code: weight = code - zero (2 code - 1 for one bit, zero 1).
-// With table, granule is 16 and byte 4 c + i holds the signs of input channels 4 i .. 4 i + 3; bits is 4.
+// With table, granule is 16 and byte 4 c + i holds the signs of input channels 4 i .. 4 i + 3; bits is 4, zero -16 i.
 typedef struct {
   int32_t out_channels, padded_channels;
   int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;

@@ -22,6 +22,11 @@ constexpr int kBlock = 64;                          // bytes: 16 output channels
 constexpr int kColumn = 16;                         // output channels
 constexpr int kVectors = kColumn / kLanes;          // accumulators per column and pixel
 constexpr int kMaxPanel = 4;                        // columns
+#if defined(BITSTEP_avx512)
+constexpr bool kWholePanels = true;  // all columns of a panel are accumulated at once
+#else
+constexpr bool kWholePanels = false;
+#endif
 
 struct Bytes {
   static constexpr int kScaling = 1;  // bytes of source per code
@@ -57,66 +62,103 @@ struct Window {
   int64_t count() const { return runs * steps; }
 };
 
-// sums[pixel][column] over the window, for P pixels and C columns of a panel of weight_stride / 64 columns.
-template <class Kind, int P, int C>
-void accumulate(const uint8_t* const* pixels, const Window& window, const uint8_t* weight, int64_t weight_stride,
-                int32_t* sums) {
-  constexpr int V = C * kVectors;
-  I acc[P][V] = {};
-  for (int64_t run = 0; run < window.runs; ++run) {
-    const int64_t offset = run / window.runs_per_row * window.down + run % window.runs_per_row * window.across;
-    const uint8_t* at[P];
-    for (int p = 0; p < P; ++p) at[p] = pixels[p] + offset;
-    for (int64_t step = 0; step < window.steps; ++step, weight += weight_stride) {
-      I w[V];
-      for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const int32_t*>(weight) + v * kLanes);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        const I a = Kind::activation(at[p] + step * Kind::kStep);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[p][v] = Kind::add(acc[p][v], a, w[v]);
-      }
-    }
-  }
-  for (int p = 0; p < P; ++p) {
-    for (int v = 0; v < V; ++v) *reinterpret_cast<I*>(sums + p * weight_stride / 4 + v * kLanes) = acc[p][v];
-  }
-}
-
-template <class Kind, int C, int P = Kind::kPixels>
-void accumulate(int pixel_count, const uint8_t* const* pixels, const Window& window, const uint8_t* weight,
-                int64_t weight_stride, int32_t* sums) {
-  if (pixel_count == P) return accumulate<Kind, P, C>(pixels, window, weight, weight_stride, sums);
-  if constexpr (P > 1) accumulate<Kind, C, P - 1>(pixel_count, pixels, window, weight, weight_stride, sums);
-}
-
-template <class Kind, int C = Kind::kColumns>
-void accumulate(int columns, int pixel_count, const uint8_t* const* pixels, const Window& window,
-                const uint8_t* weight, int64_t weight_stride, int32_t* sums) {
-  if (columns == C) return accumulate<Kind, C>(pixel_count, pixels, window, weight, weight_stride, sums);
-  if constexpr (C > 1) {
-    accumulate<Kind, C - 1>(columns, pixel_count, pixels, window, weight, weight_stride, sums);
-  }
-}
-
 typedef uint8_t B __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
 
 // Blocks of bytes from memory that keeps `Bits` of each.
 template <int Bits>
-void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t blocks, bool table, uint8_t* out) {
+void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t blocks, uint8_t* out) {
   constexpr int kShare = 8 / Bits;
-  const I mask = splat(((1 << Bits) - 1) * 0x01010101), group = splat(0x30201000);
-  int column = 0;
-  for (int64_t block = 0; block < blocks; packed += kBlock) {
-    for (int part = 0; part < kShare && block < blocks; ++part, ++block) {
-      const uint8_t* z = reinterpret_cast<const uint8_t*>(zero) + column * kBlock;
+  const I mask = splat(((1 << Bits) - 1) * 0x01010101);
+  const auto* zeros = reinterpret_cast<const uint8_t*>(zero);
+  int64_t at = 0;  // of the block's column in zeros
+  for (; blocks > 0; blocks -= kShare, packed += kBlock) {
+#pragma GCC unroll 8
+    for (int part = 0; part < kShare; ++part, out += kBlock) {
+      if (part >= blocks) return;
       for (int i = 0; i < kBlock; i += kLanes * 4) {
         const I code = load(reinterpret_cast<const int32_t*>(packed + i)) >> part * Bits & mask;
-        const B value = (B)(Bits == 1 ? code + code : code) - *reinterpret_cast<const B*>(z + i);
-        *reinterpret_cast<B*>(out + block * kBlock + i) = table ? (B)(code | group) : value;
+        const B value = (B)(Bits == 1 ? code + code : code) - *reinterpret_cast<const B*>(zeros + at + i);
+        *reinterpret_cast<B*>(out + i) = value;
       }
-      if (++column == columns) column = 0;
+      at = at + kBlock == columns * kBlock ? 0 : at + kBlock;
     }
+  }
+}
+
+constexpr int64_t kChunk = 16;  // steps
+
+// The weights of a panel, which become bytes as the first tile goes through them, while they are in the nearest cache;
+// meanwhile, and with the other tiles, the memory of the next panel is fetched.
+struct Feed {
+  const uint8_t* weight;  // [steps][columns] blocks of bytes
+  int columns;
+  void (*unpack)(const uint8_t* packed, const int8_t* zero, int columns, int64_t blocks, uint8_t* out);
+  const uint8_t* packed;
+  const int8_t* zero;
+  int64_t blocks;  // that are still packed
+  uint8_t* out;
+  int share;       // of blocks in a packed one
+  const uint8_t* next;
+  const uint8_t* end;
+  int64_t fetched;  // bytes of the next panel with every chunk
+
+  // Called before each chunk of steps.
+  void advance() {
+    if (blocks > 0) {
+      const int64_t count = kChunk * columns;
+      unpack(packed, zero, columns, std::min(count, blocks), out);
+      packed += count / share * kBlock;
+      out += count * kBlock;
+      blocks -= count;
+    }
+    for (const uint8_t* stop = std::min(next + fetched, end); next < stop; next += kBlock) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// sums[pixel][column] over the window, for P pixels and C columns of a panel of weight_stride / 64 columns.
+template <class Kind, int P, int C>
+void accumulate(const uint8_t* const* pixels, const Window& window, int column, Feed& feed, int32_t* sums) {
+  constexpr int V = C * kVectors;
+  const int64_t stride = (kWholePanels ? C : feed.columns) * kBlock;
+  const uint8_t* weight = feed.weight + column * kBlock;
+  I acc[P][V] = {};
+  for (int64_t run = 0; run < window.runs; ++run) {
+    const int64_t offset = run / window.runs_per_row * window.down + run % window.runs_per_row * window.across;
+    for (int64_t step = 0, next; step < window.steps; step = next) {
+      next = std::min(step + kChunk, window.steps);
+      feed.advance();
+      const uint8_t* at[P];
+      for (int p = 0; p < P; ++p) at[p] = pixels[p] + offset + next * Kind::kStep;
+      for (int64_t i = (step - next) * Kind::kStep; i < 0; i += Kind::kStep, weight += stride) {
+        I w[V];
+        for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const int32_t*>(weight) + v * kLanes);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const I a = Kind::activation(at[p] + i);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[p][v] = Kind::add(acc[p][v], a, w[v]);
+        }
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p) {
+    for (int v = 0; v < V; ++v) store(sums + (p * feed.columns + column) * kColumn + v * kLanes, acc[p][v]);
+  }
+}
+
+template <class Kind, int C, int P = Kind::kPixels>
+void accumulate(int pixel_count, const uint8_t* const* pixels, const Window& window, int column, Feed& feed,
+                int32_t* sums) {
+  if (pixel_count == P) return accumulate<Kind, P, C>(pixels, window, column, feed, sums);
+  if constexpr (P > 1) accumulate<Kind, C, P - 1>(pixel_count, pixels, window, column, feed, sums);
+}
+
+template <class Kind, int C = Kind::kColumns>
+void accumulate(int columns, int pixel_count, const uint8_t* const* pixels, const Window& window,
+                int column, Feed& feed, int32_t* sums) {
+  if (columns == C) return accumulate<Kind, C>(pixel_count, pixels, window, column, feed, sums);
+  if constexpr (C > 1) {
+    accumulate<Kind, C - 1>(columns, pixel_count, pixels, window, column, feed, sums);
   }
 }
 
@@ -211,7 +253,7 @@ class Convolution {
                  int64_t tiles, const bitstep_epilogue& epilogue, float* y) const {
     const int first_column = panel * layer_.panel, columns = std::min(layer_.panel, columns_ - first_column);
     const Window window = this->window<Kind>();
-    const uint8_t* weight = panel_bytes(panel, columns, window.count() * columns);
+    Feed feed = make_feed(panel, columns, window, stop - tile);
     alignas(64) int32_t sums[Kind::kPixels * kMaxPanel * kColumn];
     const uint8_t* at[Kind::kPixels];
     for (; tile < stop; ++tile) {
@@ -225,7 +267,7 @@ class Convolution {
       }
       for (int c = 0; c < columns; c += Kind::kColumns) {
         const int width = std::min(Kind::kColumns, columns - c);
-        accumulate<Kind>(width, count, at, window, weight + c * kBlock, int64_t{columns} * kBlock, sums + c * kColumn);
+        accumulate<Kind>(width, count, at, window, c, feed, sums);
       }
       finish(begin, count, first_column, columns, sums, epilogue, y);
     }
@@ -270,15 +312,27 @@ class Convolution {
     return (blocks + share - 1) / share * kBlock;
   }
 
-  const uint8_t* panel_bytes(int panel, int columns, int64_t blocks) const {
-    const uint8_t* packed = layer_.weight + panel * panel_stride(blocks / columns * layer_.panel);
-    if (layer_.bits == 8) return packed;
-    auto* out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlock));
-    const int8_t* zero = layer_.zero + int64_t{panel} * layer_.panel * kBlock;
-    if (layer_.bits == 4) unpack<4>(packed, zero, columns, blocks, layer_.table, out);
-    if (layer_.bits == 2) unpack<2>(packed, zero, columns, blocks, layer_.table, out);
-    if (layer_.bits == 1) unpack<1>(packed, zero, columns, blocks, layer_.table, out);
-    return out;
+  Feed make_feed(int panel, int columns, const Window& window, int64_t tiles) const {
+    const int64_t stride = panel_stride(window.count() * layer_.panel), blocks = window.count() * columns;
+    const int64_t chunks = tiles * window.runs * ((window.steps + kChunk - 1) / kChunk);
+    Feed feed;
+    feed.columns = columns;
+    feed.packed = layer_.weight + panel * stride;
+    feed.next = feed.packed + stride;
+    feed.end = panel + 2 < panels_ ? feed.next + stride : feed.next;
+    feed.fetched = (stride / chunks / kBlock + 1) * kBlock;
+    if (layer_.bits == 8) {
+      feed.weight = feed.packed;
+      feed.blocks = 0;
+    } else {
+      feed.unpack = layer_.bits == 4 ? unpack<4> : layer_.bits == 2 ? unpack<2> : unpack<1>;
+      feed.zero = layer_.zero + int64_t{panel} * layer_.panel * kBlock;
+      feed.share = 8 / layer_.bits;
+      feed.blocks = blocks;
+      feed.out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlock));
+      feed.weight = feed.out;
+    }
+    return feed;
   }
 
   // Start to load what finish() will write and read, as the pixels of a tile lie far apart.

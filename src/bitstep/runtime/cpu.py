@@ -249,7 +249,8 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) 
     panel = 4 if table else 2
     if table:
         bits = 4
-        zero = sums = torch.zeros_like(scale, dtype=torch.int32)
+        sums = torch.zeros_like(scale, dtype=torch.int32)
+        zero = torch.arange(0, -64, -16).repeat(len(scale), _COLUMN)
         codes = _join(codes.reshape(*codes.shape[:2], -1, 4, *kernel).unbind(3), 1)
     else:
         bits = {1: 1, 2: 2, 3: 4, 4: 4}.get(weight.bits, 8)
@@ -259,6 +260,7 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) 
             zero = _interleave(F.pad(weight.zero_point.int(), (0, extra[0])).expand(bases, -1))
             values = codes.int() - zero[:, :, None, None, None]
         sums = values.sum((2, 3, 4), dtype=torch.int32)
+        zero = zero.repeat_interleave(4, 1)
         if bits == 8:
             codes = values.to(torch.int8).view(torch.uint8)
     # [column, 16, granule, 4, h, w] -> [h, w, granule, column, 16, 4]
@@ -268,7 +270,7 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) 
         weight=torch.cat(panels),
         bits=bits,
         panel=panel,
-        zero=zero.to(torch.int8).repeat_interleave(4, 1).contiguous(),
+        zero=zero.to(torch.int8).contiguous(),
         sum=sums.contiguous(),
         scale=scale.contiguous(),
     )
