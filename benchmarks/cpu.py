@@ -1,5 +1,8 @@
 """Speed and memory of whole denoisers on the CPU: bitstep at several widths against eager PyTorch and other runtimes.
 
+Three kinds of tables: one forward pass of models A, B and C; a whole pipeline of A; and the time that a fresh process
+takes from ``from_pretrained`` to its first image.
+
     python benchmarks/cpu.py                      # every row that benchmarks/results/cpu.json lacks, then the tables
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
 
@@ -17,11 +20,15 @@ import json
 import os
 import platform
 import re
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +46,11 @@ MODELS = {
 }
 COMPARISONS = [("A", 1), ("A", 4), ("A", 16), ("B", 1), ("C", 1)]
 PEER = "OpenVINO int8 + bf16"
+WIDTHS = {"bitstep W8A8": (8, 8), "bitstep W4A8": (4, 8), "bitstep W4A4": (4, 4), "bitstep W1A4": (1, 4)}
+STEPS = 50  # of DDIM in a pipeline
+PATIENCE = 900  # seconds that a runtime may take to build a model or to answer
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 # ---- the models
@@ -75,153 +87,152 @@ def build(name: str) -> nn.Module:
             freq_shift=1,
             norm_eps=1e-6,
         )
-    sample = Sample(model.eval(), labels=name == "C")
-    return sample.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
-class Sample(nn.Module):
-    """A denoiser as a function of its input alone."""
+class Denoiser(nn.Module):
+    """A model as a function of two tensors: the sample, and a timestep for each of its images."""
 
-    def __init__(self, model: nn.Module, labels: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.labels = labels
 
-    def forward(self, x: Tensor) -> Tensor:
-        time_and_label: dict[str, Tensor] = {"timestep": torch.full((x.shape[0],), 500)}
-        if self.labels:
-            time_and_label["class_labels"] = torch.zeros(x.shape[0], dtype=torch.long)
-        return self.model(x, **time_and_label, return_dict=False)[0]  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        labels = {"class_labels": torch.zeros_like(t)} if "DiT" in type(self.model).__name__ else {}
+        return self.model(x, timestep=t, **labels, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def example(name: str, batch: int) -> Tensor:
+def example(name: str, batch: int) -> tuple[Tensor, Tensor]:
     channels, size = {"A": (3, 32), "B": (3, 64), "C": (4, 32)}[name]
-    return torch.randn(batch, channels, size, size)
+    return torch.randn(batch, channels, size, size), torch.full((batch,), 500)
 
 
-# ---- the runtimes: each takes a model's name and a batch size, and gives a function to time
+# ---- the runtimes: each takes a model's name and a batch size, and gives a function of the sample and the timesteps
 
 
-def eager(name: str, batch: int, dtype: torch.dtype) -> Callable[[], Any]:
-    model, x = build(name).to(dtype), example(name, batch).to(dtype)
-    return lambda: model(x)
+def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
+    model = Denoiser(build(name).to(dtype))
+    return lambda x, t: model(x.to(dtype), t).float()
 
 
-def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Callable[[], Any]:
-    from bitstep.numerics.packing import pack
+def packed(name: str, weight_bits: int, activation_bits: int) -> nn.Module:
+    """The model as ``from_pretrained`` gives it, its random weights rounded."""
+    from bitstep.checkpoint import PackedLayer, pack_model
+    from bitstep.numerics.packing import QuantizedWeight
     from bitstep.numerics.uniform import quantize, search_range
-    from bitstep.runtime.dispatch import set_backend
-    from bitstep.runtime.fused import fuse
-    from bitstep.runtime.layers import LayerFormat, packed_like
-    from bitstep.runtime.replay import enable_replay
 
-    model, x = build(name), example(name, batch)
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    for layer_name in layers:
-        layer = model.get_submodule(layer_name)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
-        outer = layer_name in (layers[0], layers[-1]) or ".time_" in layer_name
-        bits, codes_bits = (8, 8) if outer else (weight_bits, activation_bits)
+    model = build(name)
+    named = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    ends = (next(iter(named)), next(reversed(named)))
+    layers = {}
+    for n, layer in named.items():
+        outer = n in ends or "time_" in n
+        bits, code_bits = (8, 8) if outer else (weight_bits, activation_bits)
         weight = layer.weight.detach().flatten(1)
+        zero_point: Tensor | None = None
         if bits == 1:
             codes, scale = (weight >= 0).to(torch.uint8), weight.abs().mean(1)
         else:
             scale, zero_point = search_range(weight, bits, symmetric=True, method="minmax")
             codes = quantize(weight, scale[:, None], zero_point[:, None], bits)
-        packed = packed_like(layer, LayerFormat(bits, 1, True, codes_bits, 1, False), None)
-        assert packed.input_scale is not None
-        assert packed.input_zero_point is not None
-        packed.weight_packed.copy_(pack(codes, bits)[None])
-        packed.weight_scale.copy_(scale[None])
-        packed.input_scale.fill_(8 / 2**codes_bits)
-        packed.input_zero_point.fill_(2 ** (codes_bits - 1))
-        if layer.bias is not None:
-            assert packed.bias is not None
-            packed.bias.copy_(layer.bias.detach())
-        parent, _, child = layer_name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
-    set_backend(model)
-    fuse(model)
-    enable_replay(model)
-    return lambda: model(x)
+            zero_point = zero_point.to(torch.uint8)
+        layers[n] = PackedLayer(
+            weight=QuantizedWeight(
+                codes.to(torch.uint8)[None], scale[None], zero_point, bits, tuple(layer.weight.shape)
+            ),
+            bias=layer.bias,
+            input_scale=torch.tensor([8 / 2**code_bits]),
+            input_zero_point=torch.tensor([2.0 ** (code_bits - 1)]),
+            activation_bits=code_bits,
+            channel_reciprocal=None,
+            macs=1,
+        )
+    return pack_model(  # type: ignore[no-any-return]
+        model, layers, grid=None, modules_to_not_convert={}, total_macs=len(layers), recipe={"name": "random"}
+    )
 
 
-def openvino(name: str, batch: int, int8: bool, precision: str) -> Callable[[], Any]:
+def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Denoise:
+    return Denoiser(packed(name, weight_bits, activation_bits))
+
+
+def openvino(name: str, batch: int, int8: bool, precision: str) -> Denoise:
     import openvino as ov
 
-    x = example(name, batch)
-    converted = ov.convert_model(build(name), example_input=x, input=[x.shape])
+    inputs = example(name, batch)
+    model = ov.convert_model(Denoiser(build(name)), example_input=inputs, input=[x.shape for x in inputs])
     if int8:
         import nncf
 
         transformer = nncf.ModelType.TRANSFORMER if name == "C" else None
-        converted = nncf.quantize(converted, nncf.Dataset([x.numpy()]), model_type=transformer, subset_size=1)
+        data = nncf.Dataset([tuple(x.numpy() for x in inputs)])
+        model = nncf.quantize(model, data, model_type=transformer, subset_size=1)
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = ov.Core().compile_model(converted, "CPU", settings)
-    request, array = compiled.create_infer_request(), x.numpy()
-    return lambda: request.infer([array], share_inputs=True, share_outputs=True)
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        results = request.infer([x.numpy(), t.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(results[0])
+
+    return denoise
 
 
-def torchao(name: str, batch: int) -> Callable[[], Any]:
+def torchao(name: str, batch: int) -> Denoise:
     from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
         Int8DynamicActivationInt8WeightConfig,
         quantize_,
     )
 
-    model, x = build(name), example(name, batch)
+    model = Denoiser(build(name))
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    compiled = torch.compile(model)
-    return lambda: compiled(x)
+    return torch.compile(model)  # type: ignore[no-any-return, unused-ignore]
 
 
-def quanto(name: str, batch: int) -> Callable[[], Any]:
+def quanto(name: str, batch: int) -> Denoise:
     from optimum.quanto import freeze, qint8, quantize  # type: ignore[import-not-found, unused-ignore]
 
-    model, x = build(name), example(name, batch)
+    model = Denoiser(build(name))
     quantize(model, weights=qint8, activations=qint8)
     freeze(model)
-    return lambda: model(x)
+    return model
 
 
-def onnxruntime(name: str, batch: int) -> Callable[[], Any]:
-    import tempfile
-
+def onnxruntime(name: str, batch: int) -> Denoise:
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-    x = example(name, batch)
+    inputs = example(name, batch)
+
+    def feed(x: Tensor, t: Tensor) -> dict[str, Any]:
+        return {"x": x.numpy(), "t": t.numpy()}
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches = iter([{"x": x.numpy()}])
+            self.batches = iter([feed(*inputs)])
 
         def get_next(self) -> Any:
             return next(self.batches, None)
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/model.onnx", f"{folder}/int8.onnx"
-        torch.onnx.export(build(name), (x,), source, input_names=["x"], dynamo=False)
+        torch.onnx.export(Denoiser(build(name)), inputs, source, input_names=["x", "t"], dynamo=False)
         quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.numpy()}
-    return lambda: session.run(None, feed)
+    return lambda x, t: torch.from_numpy(session.run(None, feed(x, t))[0])
 
 
-OURS: dict[str, Callable[[str, int], Callable[[], Any]]] = {
+OURS: dict[str, Callable[[str, int], Denoise]] = {
     "PyTorch eager fp32": lambda name, batch: eager(name, batch, torch.float32),
     "PyTorch eager bf16": lambda name, batch: eager(name, batch, torch.bfloat16),
-    "bitstep W8A8": lambda name, batch: bitstep(name, batch, 8, 8),
-    "bitstep W4A8": lambda name, batch: bitstep(name, batch, 4, 8),
-    "bitstep W4A4": lambda name, batch: bitstep(name, batch, 4, 4),
-    "bitstep W1A4": lambda name, batch: bitstep(name, batch, 1, 4),
+    **{width: partial(bitstep, weight_bits=bits[0], activation_bits=bits[1]) for width, bits in WIDTHS.items()},
 }
-PEERS: dict[str, Callable[[str, int], Callable[[], Any]]] = {
+PEERS: dict[str, Callable[[str, int], Denoise]] = {
     "OpenVINO f32": lambda name, batch: openvino(name, batch, False, "f32"),
     "OpenVINO int8 + f32": lambda name, batch: openvino(name, batch, True, "f32"),
     PEER: lambda name, batch: openvino(name, batch, True, "bf16"),
@@ -229,28 +240,63 @@ PEERS: dict[str, Callable[[str, int], Callable[[], Any]]] = {
     "torchao int8": torchao,
     "optimum-quanto int8": quanto,
 }
+EVERYWHERE = [  # imported before anything is measured
+    "diffusers.models.transformers.dit_transformer_2d",
+    "diffusers.pipelines.ddim.pipeline_ddim",
+    "diffusers.schedulers.scheduling_ddim",
+]
+IMPORTS = {  # by the first word of the runtime's name
+    "bitstep": ["bitstep.checkpoint", "bitstep.numerics.uniform"],
+    "OpenVINO": ["openvino", "nncf"],
+    "ONNX": ["onnxruntime.quantization"],
+    "torchao": ["torchao.quantization"],
+    "optimum-quanto": ["optimum.quanto"],
+}
 
 
 # ---- one process per runtime
 
 
-def work(runtime: str, name: str, batch: int) -> None:
+def step_of(runtime: str, name: str, batch: int, pipeline: bool) -> Callable[[], Any]:
+    """What is timed: a forward pass, or all of a pipeline."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    denoise = {**OURS, **PEERS}[runtime](name, batch)
+    if not pipeline:
+        inputs = example(name, batch)
+        return lambda: denoise(*inputs)
+    whole = DDIMPipeline(build(name), DDIMScheduler())
+    whole.set_progress_bar_config(disable=True)
+    whole.unet.forward = lambda x, t, *_, **__: UNet2DOutput(denoise(x, t.expand(len(x))))
+    return lambda: whole(batch_size=batch, num_inference_steps=STEPS, output_type="np")
+
+
+def resident_mb() -> float:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert resident is not None
+    return int(resident[1]) / 1024
+
+
+def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
     """Build, say so, then time a visit for every line on standard input; one line of JSON for each."""
     torch.set_grad_enabled(False)
     reply = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
     try:
-        step = {**OURS, **PEERS}[runtime](name, batch)
-        for _ in range(3):
+        for module in [*EVERYWHERE, *IMPORTS.get(runtime.split()[0], [])]:
+            import_module(module)
+        imported = resident_mb()
+        step = step_of(runtime, name, batch, pipeline)
+        for _ in range(1 if pipeline else 5):
             step()
     except Exception as error:  # a runtime that is missing or cannot run the model is a row of its own
         reply.write(json.dumps({"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}) + "\n")
         return
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert resident is not None
-    reply.write(json.dumps({"resident_mb": int(resident[1]) / 1024}) + "\n")
+    resident = resident_mb()
+    reply.write(json.dumps({"resident_mb": resident, "model_mb": resident - imported}) + "\n")
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
@@ -261,18 +307,26 @@ def work(runtime: str, name: str, batch: int) -> None:
 
 
 class Worker:
-    def __init__(self, python: str, runtime: str, name: str, batch: int) -> None:
-        command = [python, str(Path(__file__)), "--worker", runtime, name, str(batch)]
+    def __init__(self, python: str, runtime: str, name: str, batch: int, pipeline: bool) -> None:
+        command = [python, __file__, "--worker", runtime, name, str(batch), "pipeline" if pipeline else "forward"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.row: dict[str, Any] = {"name": runtime, **(self.read() or {"failed": "the process died"})}
+        self.row: dict[str, Any] = {"name": runtime}
+        self.row |= self.read() or {}
         self.times: list[float] = []
 
     def read(self) -> Any:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            self.row["failed"] = f"no answer in {PATIENCE} s"
+            self.process.kill()
+            return None
         line = self.process.stdout.readline()
-        return json.loads(line) if line else None
+        if not line:
+            self.row["failed"] = "the process died"
+            return None
+        return json.loads(line)
 
     def visit(self, calls: int) -> None:
         if "failed" in self.row:
@@ -280,11 +334,7 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
-        times = self.read()
-        if times is None:
-            self.row["failed"] = "the process died"
-        else:
-            self.times += times
+        self.times += self.read() or []
 
     def finish(self) -> dict[str, Any]:
         self.process.kill()
@@ -295,38 +345,69 @@ class Worker:
         return self.row
 
 
-def compare(name: str, batch: int, rounds: int, peers: str) -> dict[str, Any]:
+def compare(name: str, batch: int, rounds: int, peers: str, pipeline: bool = False) -> dict[str, Any]:
     """All runtimes on one model, interleaved."""
     workers = []
     for runtime in [*OURS, *PEERS]:
         print(f"{name} batch {batch}: {runtime}", end="", flush=True)
-        workers.append(Worker(sys.executable if runtime in OURS else peers, runtime, name, batch))
+        workers.append(Worker(sys.executable if runtime in OURS else peers, runtime, name, batch, pipeline))
         print(" -", workers[-1].row.get("failed", "ready"), flush=True)
     for _ in range(rounds):
         for worker in workers:
-            worker.visit(5)
+            worker.visit(1 if pipeline else 5)
     return {"model": name, "batch": batch, "rows": [worker.finish() for worker in workers]}
+
+
+def first_image(folder: str, begin: float) -> None:
+    """Print the seconds from ``begin`` (of the epoch), and from the end of the imports, to an image of the pipeline."""
+    import_module("bitstep")
+    from diffusers import DDIMPipeline
+
+    imported = time.time()
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(num_inference_steps=STEPS)
+    end = time.time()
+    print(json.dumps({"with_imports_s": end - begin, "without_s": end - imported}))
+
+
+def compare_first_images(rounds: int) -> list[dict[str, Any]]:
+    """Fresh processes, each loading a folder of model A, interleaved over the widths."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    measured: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
+    with tempfile.TemporaryDirectory() as folder:
+        for width, bits in WIDTHS.items():
+            DDIMPipeline(packed("A", *bits), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
+        for _ in range(rounds):
+            for width, runs in measured.items():
+                command = [sys.executable, __file__, "--first-image", f"{folder}/{width}", str(time.time())]
+                done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+    keys = ("with_imports_s", "without_s")
+    return [{"name": n, **{k: statistics.median(run[k] for run in runs) for k in keys}} for n, runs in measured.items()]
 
 
 # ---- the document
 
 
-def table(comparison: dict[str, Any]) -> str:
+def table(comparison: dict[str, Any], of: str = "") -> str:
     rows = comparison["rows"]
     median = {row["name"]: row["median_ms"] for row in rows if "median_ms" in row}
     lines = [
-        f"### {comparison['model']}, batch {comparison['batch']}",
+        f"### {comparison['model']}, batch {comparison['batch']}{of}",
         "",
-        f"| runtime | median ms | quartiles apart ms | {PEER} = 1 | resident MB |",
-        "|---|---|---|---|---|",
+        f"| runtime | median ms | quartiles apart ms | {PEER} = 1 | resident MB | less imports MB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: row.get("median_ms", float("inf"))):
         if "failed" in row:
-            lines.append(f"| {row['name']} | {row['failed']} | | | |")
+            lines.append(f"| {row['name']} | {row['failed']} | | | | |")
             continue
         ratio = f"{median[PEER] / row['median_ms']:.2f}x" if PEER in median else ""
         lines.append(
-            f"| {row['name']} | {row['median_ms']:.1f} | {row['spread_ms']:.1f} | {ratio} | {row['resident_mb']:.0f} |"
+            f"| {row['name']} | {row['median_ms']:.1f} | {row['spread_ms']:.1f} | {ratio} | {row['resident_mb']:.0f} "
+            f"| {row['model_mb']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -335,7 +416,19 @@ def document(results: dict[str, Any]) -> str:
     machine = results["machine"]
     about = f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}; {machine['flags']}."
     models = "\n".join(f"- **{name}**: {text}" for name, text in MODELS.items())
-    return "\n\n".join([about, models, *(table(comparison) for comparison in results["comparisons"])])
+    parts = [about, models, *(table(comparison) for comparison in results["comparisons"])]
+    if "sampling" in results:
+        parts.append(table(results["sampling"], f": {STEPS} steps of DDIM, the whole pipeline"))
+    if "first_image" in results:
+        lines = [
+            f"### A: from `from_pretrained` to an image of {STEPS} steps, in a fresh process",
+            "",
+            "| runtime | seconds | with all imports |",
+            "|---|---|---|",
+        ]
+        rows = [f"| {r['name']} | {r['without_s']:.2f} | {r['with_imports_s']:.2f} |" for r in results["first_image"]]
+        parts.append("\n".join(lines + rows))
+    return "\n\n".join(parts)
 
 
 def machine() -> dict[str, Any]:
@@ -352,27 +445,41 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    names = [f"{name}{batch}" for name, batch in COMPARISONS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="model and batch size")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--first-image", nargs=2, help=argparse.SUPPRESS)
+    names = [*(f"{name}{batch}" for name, batch in COMPARISONS), "sampling", "first_image"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="the tables to measure")
     parser.add_argument("--rounds", type=int, default=20, help="visits to every runtime, of 5 calls each")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the other runtimes")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.worker:
-        runtime, name, batch = arguments.worker
-        work(runtime, name, int(batch))
+        runtime, name, batch, kind = arguments.worker
+        work(runtime, name, int(batch), kind == "pipeline")
+        return
+    if arguments.first_image:
+        first_image(arguments.first_image[0], float(arguments.first_image[1]))
         return
     results: dict[str, Any] = {"machine": machine(), "comparisons": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     comparisons = results["comparisons"]
+
+    def save() -> None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
     for name, batch in COMPARISONS:
         done = any(c["model"] == name and c["batch"] == batch for c in comparisons)
         if f"{name}{batch}" in arguments.only and not done:
             comparisons.append(compare(name, batch, arguments.rounds, arguments.peers))
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            save()
+    if "sampling" in arguments.only and "sampling" not in results:
+        results["sampling"] = compare("A", 1, arguments.rounds, arguments.peers, pipeline=True)
+        save()
+    if "first_image" in arguments.only and "first_image" not in results:
+        results["first_image"] = compare_first_images(arguments.rounds)
+        save()
     if arguments.out == RESULTS:
         before, _, rest = DOCUMENT.read_text().partition("<!-- results -->")
         _, _, after = rest.partition("<!-- end of results -->")
