@@ -225,6 +225,21 @@ def test_other_threads_get_another_tape(model: UNet2DModel) -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_forward_method_replaced_inside_runs_every_time(model: UNet2DModel) -> None:
+    """As caches of diffusers do, which count their calls."""
+    warm(model)
+    calls, original = [], model.mid_block.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    model.mid_block.forward = counted
+    for seed in range(5):
+        forward(model, seed=seed)
+    assert len(calls) == 5
+
+
 def test_gradients_and_observers_get_the_real_pass(model: UNet2DModel) -> None:
     set_backend(model, "reference")
     warm(model)

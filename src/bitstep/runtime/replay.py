@@ -122,8 +122,12 @@ class Watch:
         self.refusal: str | None = None
         if len(cursors) > 1:
             self.refusal = "layers of several models share it"
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules[1:]):
+        inner = modules[1:]
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inner):
             self.refusal = "there are hooks inside"
+        processors = filter(None, (getattr(m, "processor", None) for m in inner))
+        if any(not type(p).__module__.startswith("diffusers.") for p in processors):
+            self.refusal = "an attention processor may do more than compute"
         self._cursor: StepCursor | None = next(iter(cursors), None)
         self._live = [part for module in modules for part in _parts(module)]
         self._then = [part.copy() for part in self._live]
