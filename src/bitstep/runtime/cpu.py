@@ -202,7 +202,7 @@ class Before(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` per head; contiguous float32 ``[batch, tokens, heads * d]``.
 
-    Computed in 16-bit fixed point (steps per row of q and k and per channel of v) with 32-bit sums.
+    Computed in 16-bit fixed point (steps per row of q, per head of k, per channel of v) with 32-bit sums.
     """
     y = torch.empty_like(q)
     native.run(_attention_call, y, q, k, v, heads)
