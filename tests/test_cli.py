@@ -174,9 +174,10 @@ finally:
     assert "Assertion" not in done.stderr
 
 
-def test_plain_diffusers_loads_packed_folders(packed_pipeline: Path) -> None:
+@pytest.mark.parametrize("imports", ["bitstep, diffusers", "diffusers, bitstep", "bitstep.checkpoint, diffusers"])
+def test_plain_diffusers_loads_packed_folders(packed_pipeline: Path, imports: str) -> None:
     script = f"""
-import bitstep, diffusers
+import {imports}
 pipeline = diffusers.DiffusionPipeline.from_pretrained({str(packed_pipeline)!r})
 print(type(pipeline.unet.conv_in).__name__)
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,9 +23,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    from bitstep import checkpoint
-
-    checkpoint.register()
+    import_module("bitstep.checkpoint")  # which registers, also when it is what brought diffusers in
 
 
 class _AfterDiffusers(MetaPathFinder):

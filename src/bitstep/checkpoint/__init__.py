@@ -8,10 +8,8 @@ from bitstep.checkpoint.config import BitstepConfig, Manifest, QuantMethod
 from bitstep.checkpoint.plugin import BitstepQuantizer
 from bitstep.checkpoint.write import PackedLayer, PackedOperands, pack_model
 
-__all__ = ["BitstepConfig", "BitstepQuantizer", "Manifest", "PackedLayer", "PackedOperands", "pack_model", "register"]
+__all__ = ["BitstepConfig", "BitstepQuantizer", "Manifest", "PackedLayer", "PackedOperands", "pack_model"]
 
-
-def register() -> None:
-    """Make diffusers' ``from_pretrained`` load packed models; diffusers offers no public way to."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.BITSTEP.value] = BitstepConfig
-    auto.AUTO_QUANTIZER_MAPPING[QuantMethod.BITSTEP.value] = BitstepQuantizer
+# diffusers offers no public way to make its from_pretrained load packed models
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.BITSTEP.value] = BitstepConfig
+auto.AUTO_QUANTIZER_MAPPING[QuantMethod.BITSTEP.value] = BitstepQuantizer
