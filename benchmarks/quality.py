@@ -240,9 +240,8 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
         f"`{settings['source']}`, {settings['num_images']} images of {settings['steps']} steps each; "
         + "".join(f"{name} {value}; " for name, value in same.items())
         + f"distances in the "
-        f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores), "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + "."
+        f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores, "
+        f"{machine['threads']} used), " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     begin, end = (f"<!-- {word} {file.stem} -->" for word in ("begin", "end"))

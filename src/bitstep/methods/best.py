@@ -1,19 +1,19 @@
-"""What should work best together, not yet measured against the others: split concatenations and a step size per
-timestep, blocks distilled one after another, then everything end to end on the teacher's trajectories."""
+"""What should work best together, not yet measured against the others: smoothed ranges and a step size per timestep,
+blocks distilled one after another, then everything end to end on the teacher's trajectories."""
 
 from __future__ import annotations
 
 from bitstep.methods.base import Calibration, LearningRates, Method, Phase
 from bitstep.methods.blockwise import BlockwiseDistillation
 from bitstep.methods.efficientdm import TrajectoryDistillation
-from bitstep.methods.rewrites import SplitConcatenation
+from bitstep.methods.rewrites import Smoothing
 
 _BLOCKS = LearningRates(weight=5e-2, weight_scale=1e-3, activation_scale=5e-3, activation_zero_point=1e-2)
 _WHOLE = LearningRates(weight=2e-2, weight_scale=1e-3, activation_scale=5e-3, activation_zero_point=1e-2)
 
 BEST = Method(
     name="best",
-    rewrites=(SplitConcatenation(),),
+    rewrites=(Smoothing(),),
     calibration=Calibration(images=640, steps=100),
     training=(
         Phase(
@@ -24,7 +24,7 @@ BEST = Method(
             decay="cosine",
         ),
         Phase(
-            objective=TrajectoryDistillation(),
+            objective=TrajectoryDistillation(emphasis=0.5),
             iterations=16_000,
             batch_size=16,
             learning_rates=_WHOLE,
