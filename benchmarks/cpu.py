@@ -126,8 +126,10 @@ def packed(name: str, weight_bits: int, activation_bits: int) -> nn.Module:
     ends = (next(iter(named)), next(reversed(named)))
     layers = {}
     for n, layer in named.items():
+        # as `bitstep quantize` decides: both ends read floating point, the time embedding 8 bits
         outer = n in ends or "time_" in n
-        bits, code_bits = (8, 8) if outer else (weight_bits, activation_bits)
+        bits = 8 if outer else weight_bits
+        code_bits = None if n in ends else 8 if outer else activation_bits
         weight = layer.weight.detach().flatten(1)
         zero_point: Tensor | None = None
         if bits == 1:
@@ -141,8 +143,8 @@ def packed(name: str, weight_bits: int, activation_bits: int) -> nn.Module:
                 codes.to(torch.uint8)[None], scale[None], zero_point, bits, tuple(layer.weight.shape)
             ),
             bias=layer.bias,
-            input_scale=torch.tensor([8 / 2**code_bits]),
-            input_zero_point=torch.tensor([2.0 ** (code_bits - 1)]),
+            input_scale=None if code_bits is None else torch.tensor([8 / 2**code_bits]),
+            input_zero_point=None if code_bits is None else torch.tensor([2.0 ** (code_bits - 1)]),
             activation_bits=code_bits,
             channel_reciprocal=None,
             macs=1,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pipelines import BUILDERS, build
 
+from bitstep.methods.base import Context
+from bitstep.stages.calibrate import stream
 from bitstep.stages.generate import denoiser_name, generate_batch
 from bitstep.stages.load import Source
 from bitstep.stages.sensitivity import sensitivity
@@ -46,3 +49,13 @@ def test_interpolation_is_between_measured_timesteps() -> None:
     three = sensitivity(source, torch.tensor([499.0, 749.0, 999.0]), steps=2, seed=0)
     assert torch.equal(three[[0, 2]], two)
     assert float(three[1]) == pytest.approx(math.sqrt(float(two[0] * two[1])), rel=1e-4)
+
+
+def test_weights_follow_the_sensitivity_of_each_sample() -> None:
+    pool = next(stream(Source("ddim", build("ddim"), "unet"), images=2, batch_size=2, steps=2, seed=0))
+    rest: dict[str, Any] = dict.fromkeys(("teacher", "student", "structure", "cursor", "stream", "folder"))
+    context = Context(layers={}, pool=pool, seed=0, sensitivity=torch.tensor([1.0, 16.0]), **rest)
+    late, early = pool.timesteps.float()
+    weights = context.loss_weights(torch.stack([early, late, late]), 0.5)
+    assert weights.tolist() == pytest.approx([4 / 2.5, 1 / 2.5, 1 / 2.5])
+    assert context.loss_weights(torch.stack([early, late]), 0.0).tolist() == [1, 1]
