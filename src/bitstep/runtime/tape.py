@@ -102,8 +102,9 @@ class Recorder(TorchDispatchMode):
         written = _tensors(
             [values.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         )
-        self.refusal = self.refusal or self._why_not(op, values, written)
+        self.refusal = self.refusal or _opaque(given) or self._why_not(op, values, written)
         result = op(*args, **kwargs)
+        self.refusal = self.refusal or _opaque(_tensors(result))
         if self.refusal:
             return result
         if op in _ALLOCATIONS:
@@ -307,6 +308,11 @@ _version = attrgetter("_version")
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _opaque(tensors: Iterable[Tensor]) -> str | None:
+    """Why tensors cannot be placed: oneDNN's packed weights, for one, have no memory that torch knows."""
+    return next((f"a tensor is {t.layout}" for t in tensors if t.layout is not torch.strided), None)
 
 
 def _address(tensor: Tensor) -> int:
