@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quality import SHARED, Quantization, measure_all, parser
+from quality import Quantization, measure_all, parser
 
 METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "best")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
-IMAGES = str(SHARED / "data" / "fruits32")
+IMAGES = "../shared/data/fruits32"
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),

@@ -37,7 +37,7 @@ from bitstep.recipe import parse_bits
 from bitstep.stages.evaluate import extract, load_features
 from bitstep.stages.sample import read, save
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SAMPLE_SEED = 1_000_003  # quantization draws its trajectories from other seeds
 BATCH = 64
@@ -64,7 +64,8 @@ CONSTANT = ("effort", "seed", "images", "overrides")  # go into the caption wher
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a row is about: the arguments of ``bitstep quantize``; ``data`` is a folder of training images."""
+    """What a row is about: the arguments of ``bitstep quantize``; ``data`` is a folder of training images, seen from the
+    project's root."""
 
     source: str
     recipe: str
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure_all(settings: argparse.Namespace, quantizations: Sequence[Quantization]) -> None:
     """The rows that the results file lacks, one by one, full precision first."""
-    settings.work /= slug(settings.source)
+    settings.work = settings.work.resolve() / slug(settings.source)
     settings.work.mkdir(parents=True, exist_ok=True)
     results = load_results(settings)
     judge = Judge(settings)
@@ -197,7 +198,7 @@ def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
 def run(command: list[str]) -> dict[str, float]:
     """Wall-clock minutes and peak resident memory of ``command --overwrite``; stops the script when it fails."""
     start, peak = time.monotonic(), 0
-    process = subprocess.Popen([*command, "--overwrite"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         if found := re.search(r"VmHWM:\s+(\d+)", status.read_text()):  # only ever grows; gone once the process ends
