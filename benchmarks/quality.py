@@ -64,8 +64,8 @@ CONSTANT = ("effort", "seed", "images", "overrides")  # go into the caption wher
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a row is about: the arguments of ``bitstep quantize``; ``data`` is a folder of training images, seen from the
-    project's root."""
+    """What a row is about: the arguments of ``bitstep quantize``; ``data`` is a folder of training images, and relative
+    to the project."""
 
     source: str
     recipe: str

@@ -99,11 +99,14 @@ class Attention {
     auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads * sizeof(float)));
     auto* values = static_cast<int16_t*>(scratch(Slot::kValues, heads * rows_ * stride_ * sizeof(int16_t)));
     auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads * rows_ * sizeof(float)));
-    parallel_for(heads, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) {
-        const int64_t start = offset(head, shape_.keys);
-        key_steps[head] = pack_keys(k + start, keys + head * keys_ * words_);
-        pack_values(v + start, values + head * rows_ * stride_, value_steps + head * rows_);
+    parallel_for(2 * heads, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / 2, start = offset(head, shape_.keys);
+        if (i % 2) {
+          pack_values(v + start, values + head * rows_ * stride_, value_steps + head * rows_);
+        } else {
+          key_steps[head] = pack_keys(k + start, keys + head * keys_ * words_);
+        }
       }
     });
     const int64_t tiles = (shape_.queries + kWide - 1) / kWide;

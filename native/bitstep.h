@@ -46,6 +46,9 @@ typedef struct {
   int32_t batch, height, width, channels;
   int32_t padded_channels;  // channels rounded up to the layer's granule
   int32_t pad_h, pad_w;
+  int32_t repeat;           // every pixel in memory stands for repeat x repeat pixels; height and width are multiples
+  const float* rest;        // the last rest_channels channels of every pixel lie in this map of their own; or null
+  int32_t rest_channels;
 } bitstep_map;
 
 // A convolution with packed weights. Weight codes form columns of 16 output channels; with two bases the columns of
@@ -75,8 +78,9 @@ typedef struct {
   float scale;
 } bitstep_attention_shape;
 
-// Use GOMP_parallel at this address to share work; null runs everything in the calling thread.
-BITSTEP_API void bitstep_set_fork(void* gomp_parallel);
+// Share work by the functions at these addresses: GOMP_parallel, omp_get_thread_num and omp_get_num_threads. Without the
+// first, everything runs in the calling thread.
+BITSTEP_API void bitstep_set_threads(void* fork, void* thread_number, void* team_size);
 // The instruction sets this build and machine offer, best first, as a null-terminated list.
 BITSTEP_API const char* const* bitstep_instruction_sets(void);
 // Use one of them from now on; nonzero if it is not offered.

@@ -39,15 +39,17 @@ void moments(const float* x, int64_t pixels, int64_t channels, float* sums, floa
 
 void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const float* x, float* gain, float* shift,
                 int threads) {
-  const int64_t channels = map.channels, pixels = int64_t{map.height} * map.width, groups = prologue.groups;
+  const int64_t channels = map.channels, own = channels - map.rest_channels, groups = prologue.groups;
+  const int64_t pixels = int64_t{map.height / map.repeat} * (map.width / map.repeat);
   const int64_t chunks = (pixels + kChunk - 1) / kChunk, width = channels / groups;
   auto* parts = static_cast<float*>(scratch(Slot::kRows, map.batch * chunks * 2 * channels * sizeof(float)));
   parallel_for(map.batch * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t sample = part / chunks, first = part % chunks * kChunk;
+      const int64_t at = sample * pixels + first, count = std::min(kChunk, pixels - first);
       float* sums = parts + part * 2 * channels;
-      moments(x + (sample * pixels + first) * channels, std::min(kChunk, pixels - first), channels, sums,
-              sums + channels);
+      moments(x + at * own, count, own, sums, sums + channels);
+      moments(map.rest + at * map.rest_channels, count, map.rest_channels, sums + own, sums + channels + own);
     }
   });
   for (int64_t sample = 0; sample < map.batch; ++sample) {

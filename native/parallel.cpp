@@ -15,19 +15,22 @@ namespace {
 // has loaded, rather than linking one, leaves a single pool of threads in the process.
 using Fork = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
 std::atomic<Fork> fork_team{nullptr};
+// OpenMP's omp_get_thread_num and omp_get_num_threads.
+std::atomic<int (*)()> thread_number{nullptr}, team_size{nullptr};
 
 struct Region {
   int64_t count;
   int parts;
   void (*body)(void*, int64_t, int64_t);
   void* context;
-  std::atomic<int> next{0};
 };
 
 void work(void* data) {
-  auto& region = *static_cast<Region*>(data);
-  // a team may be smaller than asked for, so parts are taken, not assigned
-  for (int part; (part = region.next.fetch_add(1)) < region.parts;) {
+  const auto& region = *static_cast<const Region*>(data);
+  // The same thread has the same part of every map, which then stays in its core's cache from layer to layer. A team
+  // may be smaller than asked for.
+  const int team = team_size.load(std::memory_order_relaxed)();
+  for (int part = thread_number.load(std::memory_order_relaxed)(); part < region.parts; part += team) {
     region.body(region.context, region.count * part / region.parts, region.count * (part + 1) / region.parts);
   }
 }
@@ -62,4 +65,8 @@ void* scratch(Slot slot, size_t bytes) {
 
 }  // namespace bitstep
 
-extern "C" void bitstep_set_fork(void* fork) { bitstep::fork_team = reinterpret_cast<bitstep::Fork>(fork); }
+extern "C" void bitstep_set_threads(void* fork, void* number, void* size) {
+  bitstep::thread_number = reinterpret_cast<int (*)()>(number);
+  bitstep::team_size = reinterpret_cast<int (*)()>(size);
+  bitstep::fork_team = reinterpret_cast<bitstep::Fork>(fork);
+}

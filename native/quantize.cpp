@@ -19,6 +19,12 @@ struct Run {
   const float* shift;
   const float* channel_reciprocal;
   F mean, deviation_reciprocal;
+
+  // Another run, of the channels from some number on.
+  Run from(int64_t channel, const float* values) const {
+    const auto later = [&](const float* p) { return p ? p + channel : nullptr; };
+    return {values, later(gain), later(shift), later(channel_reciprocal), mean, deviation_reciprocal};
+  }
 };
 
 template <Activation A, bool LayerNorm>
@@ -38,37 +44,54 @@ void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
   if (i < count) encode_at(i, static_cast<int>(count - i));
 }
 
-void normalize(Run& run, int64_t channels, float eps) {
-  F total{};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    total += load_some(run.x + i, static_cast<int>(channels - i < kLanes ? channels - i : kLanes));
+// take(vector, lanes) for the values of a run.
+template <class Take>
+inline void each(const float* x, int64_t count, const Take& take) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    take(load_some(x + i, lanes), lanes);
   }
-  run.mean = splat(sum(total) / channels);
-  F squares{};
-  for (int64_t i = 0; i < channels; i += kLanes) {
-    const int lanes = static_cast<int>(channels - i < kLanes ? channels - i : kLanes);
-    const F centred = load_some(run.x + i, lanes) - run.mean;
+}
+
+// Layer normalization over two runs together.
+void normalize(Run& run, int64_t count, Run& rest, int64_t rest_count, float eps) {
+  const float channels = static_cast<float>(count + rest_count);
+  F total{}, squares{};
+  const auto add = [&](F x, int) { total += x; };
+  each(run.x, count, add);
+  each(rest.x, rest_count, add);
+  const F mean = splat(sum(total) / channels);
+  const auto add_square = [&](F x, int lanes) {
+    const F centred = x - mean;
     squares += lanes == kLanes ? centred * centred : fill_from(centred * centred, lanes, 0);
-  }
-  run.deviation_reciprocal = splat(1.0f / std::sqrt(sum(squares) / channels + eps));
+  };
+  each(run.x, count, add_square);
+  each(rest.x, rest_count, add_square);
+  run.mean = rest.mean = mean;
+  run.deviation_reciprocal = rest.deviation_reciprocal = splat(1.0f / std::sqrt(sum(squares) / channels + eps));
 }
 
 template <Activation A, bool LayerNorm>
 void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, const bitstep_step& step, const float* x,
                   uint8_t* codes, int threads) {
   const Border border(map);
-  const int64_t channels = map.channels, padded = map.padded_channels;
+  const int64_t channels = map.channels, padded = map.padded_channels, own = channels - map.rest_channels;
   const bool per_channel = LayerNorm || prologue.gain || prologue.shift || step.channel_reciprocal;
-  const bool dense = channels == padded && !per_channel;
+  const bool dense = own == padded && !per_channel && map.repeat == 1;
   parallel_for(map.batch * border.height, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t sample = row / border.height;
+      const int64_t sample = row / border.height, y = row % border.height - map.pad_h;
       const Coder code(step, static_cast<int>(sample));
       uint8_t* out = open_row(map, border, row, code.zero(), codes);
       if (!out) continue;
+      if (y % map.repeat && row > begin) {
+        std::memcpy(out, out - border.row_bytes, map.width * padded);
+        continue;
+      }
       const int64_t at_sample = prologue.rows == 1 ? 0 : sample * channels;
+      const int64_t at_pixel = (sample * map.height + y) / map.repeat * (map.width / map.repeat);
       Run run{};
-      run.x = x + (sample * map.height + row % border.height - map.pad_h) * map.width * channels;
+      run.x = x + at_pixel * own;
       run.gain = prologue.gain ? prologue.gain + at_sample : nullptr;
       run.shift = prologue.shift ? prologue.shift + at_sample : nullptr;
       run.channel_reciprocal = step.channel_reciprocal;
@@ -76,10 +99,14 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
         encode<A, LayerNorm>(code, run, map.width * channels, out);
         continue;
       }
-      for (int64_t pixel = 0; pixel < map.width; ++pixel, run.x += channels, out += padded) {
-        if (LayerNorm) normalize(run, channels, prologue.eps);
-        encode<A, LayerNorm>(code, run, channels, out);
+      Run rest = run.from(own, map.rest + at_pixel * map.rest_channels);
+      for (int64_t pixel = 0; pixel < map.width; pixel += map.repeat, run.x += own, rest.x += map.rest_channels) {
+        if (LayerNorm) normalize(run, own, rest, map.rest_channels, prologue.eps);
+        encode<A, LayerNorm>(code, run, own, out);
+        encode<A, LayerNorm>(code, rest, map.rest_channels, out + own);
         std::memset(out + channels, code.zero(), padded - channels);
+        const uint8_t* first = out;
+        for (out += padded; out < first + map.repeat * padded; out += padded) std::memcpy(out, first, padded);
       }
     }
   });

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from test_native import Case, tensors_for
 from torch import Tensor, nn
 
@@ -60,6 +61,10 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     assert differs.float().mean() < 0.02
 
 
+def assert_equal(got: Tensor, expected: Tensor) -> None:
+    assert torch.equal(got, expected)
+
+
 def assert_close(got: Tensor, expected: Tensor) -> None:
     """Equal within the rounding of attention and of the codes that follow it."""
     assert got.shape == expected.shape
@@ -102,6 +107,25 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
         steps = ((layer.convolve(x, scale, zero_point, before) - expected) / scale).round().abs()
         assert steps.max() <= 1
         assert steps.mean() < 0.01
+
+
+@pytest.mark.parametrize(("own", "rest"), [(16, 32), (5, 9), (1, 20)])
+def test_a_map_in_two_parts_is_their_concatenation(own: int, rest: int) -> None:
+    channels = own + rest
+    case = Case(channels=(channels, 37), activation_bits=4)
+    layer = Convolution(case.problem, tensors_for(case, exact=False))
+    parts = torch.randn(2, *case.size, own), torch.randn(2, *case.size, rest)
+    whole, scale, zero_point = torch.cat(parts, -1), torch.tensor([0.5]), torch.tensor([7.0])
+    gain, shift = torch.randn(channels), torch.randn(channels)
+    for before in (
+        None,
+        Before(eps=1e-5, groups=1, gain=gain, shift=shift, activation="silu"),
+        Before(eps=1e-5, gain=gain, shift=shift),
+    ):
+        expected = layer.convolve(whole, scale, zero_point, before)
+        got = torch.full_like(expected, torch.nan)
+        layer.call(got, parts, scale, zero_point, before, None, None, None, 1)()
+        assert_same(got, expected) if before and not before.groups else assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("weight_bits", [1, 8])
@@ -158,6 +182,11 @@ def test_embedding_of_timestep_and_label() -> None:
 @pytest.mark.parametrize("size", [(6, 6), (5, 8)])
 def test_downsampling_with_a_border_on_one_side(size: tuple[int, int]) -> None:
     got, expected = run_both(Downsample2D(16, use_conv=True, padding=0, name="op"), torch.randn(2, 16, *size))
+    assert torch.equal(got, expected)
+
+
+def test_upsampling_repeats_codes() -> None:
+    got, expected = run_both(Upsample2D(16, use_conv=True), torch.randn(2, 16, 5, 3))
     assert torch.equal(got, expected)
 
 

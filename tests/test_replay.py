@@ -13,11 +13,12 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from packed import GRID, random_model
+from packed import GRID, filled, random_layer, random_model
 from pipelines import BUILDERS, build, unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bitstep.runtime import native
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.replay import Replay, enable_replay
 from bitstep.runtime.tape import plan, record
@@ -364,6 +365,32 @@ def test_a_changed_constant_makes_a_tape_stale() -> None:
     assert not tape.is_stale()
     constant.add_(1)
     assert tape.is_stale()
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the native library is not built")
+def test_a_concatenation_is_read_in_parts_unless_a_part_changes() -> None:
+    convolution = nn.Conv2d(12, 7, 3)
+    layer = filled(convolution, random_layer(convolution))
+    set_backend(layer, "cpu")
+    layer.prepare()
+
+    def join(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a * 2, b * 2
+        return layer(torch.cat([a, b], dim=1))  # type: ignore[no-any-return]
+
+    def join_and_change(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a * 2, b * 2
+        whole = torch.cat([a, b], dim=1)
+        a.zero_()
+        return layer(whole)  # type: ignore[no-any-return]
+
+    for function, in_parts in ((join, True), (join_and_change, False)):
+        maps = [torch.randn(2, n, 4, 5).contiguous(memory_format=torch.channels_last) for n in (5, 7)]
+        expected, tape, refusal = record(function, *maps)
+        assert tape is not None, refusal
+        assert torch.equal(tape.run(*maps), expected)
+        joined = any(entry.args[0] is torch.ops.aten.cat.default for entry in tape.entries)
+        assert joined != in_parts
 
 
 def test_a_long_chain_needs_the_memory_of_two_links() -> None:

@@ -71,7 +71,6 @@ def test_the_largest_products_do_not_saturate() -> None:
     ("options", "reason"),
     [
         ({"bits": 1, "bases": 2}, "two sign bases"),
-        ({"activation_bits": None}, "floating point"),
         ({"bits": 8, "symmetric": False}, "zero point other than 128"),
     ],
 )
@@ -80,6 +79,16 @@ def test_what_it_cannot_do_is_refused_with_the_reason(options: dict[str, object]
     module = filled(layer, random_layer(layer, **options))  # type: ignore[arg-type]
     (why,) = KERNELS["onednn"].unsupported(module.problem)
     assert reason in why
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 3), nn.Conv2d(5, 7, 3, padding=1)], ids=["linear", "conv2d"])
+def test_floating_point_activations_give_a_channels_last_map(layer: nn.Module) -> None:
+    module = filled(layer, random_layer(layer, 8, None))
+    y, reference = outputs(module, torch.randn(2, 5, 4, 8))
+    torch.testing.assert_close(y, reference)
+    assert y.is_contiguous(
+        memory_format=torch.channels_last if isinstance(layer, nn.Conv2d) else torch.contiguous_format
+    )
 
 
 def test_a_sum_that_may_overflow_is_refused() -> None:

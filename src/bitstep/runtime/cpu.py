@@ -121,37 +121,53 @@ class Convolution:
         bias: Tensor | None = None,
         gain: Tensor | None = None,
         residual: Tensor | None = None,
+        repeat: int = 1,
     ) -> Tensor:
         """``residual + gain * (convolve(quantize(before(x))) + bias)``, on contiguous float32 NHWC tensors.
 
         ``bias`` ``[batch, out]`` replaces the layer's own; ``gain`` is ``[batch, out]``; ``residual`` has y's shape.
+        Every pixel of x stands for ``repeat`` x ``repeat`` of them.
         """
         assert scale is not None
         assert zero_point is not None
-        batch, height, width, _ = x.shape
+        batch, height, width = (size * times for size, times in zip(x.shape, (1, repeat, repeat), strict=False))
         y = torch.empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
-        native.run(self.call, y, x, scale.contiguous(), zero_point.contiguous(), before, bias, gain, residual)
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=True)
         return y
 
     def call(
         self,
         y: Tensor,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         scale: Tensor,
         zero_point: Tensor,
         before: Before | None,
         bias: Tensor | None,
         gain: Tensor | None,
         residual: Tensor | None,
+        repeat: int,
     ) -> native.Call:
-        """The call that makes :meth:`convolve`'s result in y."""
+        """The call that makes :meth:`convolve`'s result in y; x may be two tensors whose channels are to be joined."""
         lib = native.library()
         assert lib is not None
+        x, rest = x if isinstance(x, tuple) else (x, None)
         batch, height, width, channels = x.shape
+        rest_channels = 0 if rest is None else rest.shape[-1]
         return partial(
             lib.bitstep_convolution,
             self.layer,
-            native.Map(batch, height, width, channels, self.padded_channels, *self.padding),
+            native.Map(
+                batch,
+                height * repeat,
+                width * repeat,
+                channels + rest_channels,
+                self.padded_channels,
+                *self.padding,
+                repeat,
+                _address(rest),
+                rest_channels,
+            ),
             before and before.prologue(),
             native.Step(
                 scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)

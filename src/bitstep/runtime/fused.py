@@ -17,6 +17,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -269,6 +270,26 @@ class FusedDownsample2D(Downsample2D):  # type: ignore[misc]
         return _nchw(_run(self.conv, padded))
 
 
+class FusedUpsample2D(Upsample2D):  # type: ignore[misc]
+    """A convolution of a map twice as high and wide, whose pixels are repeated as codes."""
+
+    @staticmethod
+    def recognises(block: Upsample2D) -> bool:
+        return (
+            block.name == "conv"
+            and block.use_conv
+            and not block.use_conv_transpose
+            and block.interpolate
+            and block.norm is None
+            and _native(block.conv)
+        )
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or output_size is not None or not _runs_fused(hidden_states, self.conv):
+            return super().forward(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
+        return _nchw(_run(self.conv, _nhwc(hidden_states), repeat=2))
+
+
 _FUSED = (
     FusedResnetBlock2D,
     FusedAttention,
@@ -276,6 +297,7 @@ _FUSED = (
     FusedTimestepEmbedding,
     FusedLabelEmbedding,
     FusedDownsample2D,
+    FusedUpsample2D,
 )
 
 
@@ -301,9 +323,10 @@ def _run(
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     residual: Tensor | None = None,
+    repeat: int = 1,
 ) -> Tensor:
     assert isinstance(layer.run, Convolution)
-    return layer.run.convolve(x, *layer.input_rows(x), before, bias=bias, gain=gain, residual=residual)
+    return layer.run.convolve(x, *layer.input_rows(x), before, bias=bias, gain=gain, residual=residual, repeat=repeat)
 
 
 def _group_norm(norm: nn.GroupNorm, activation: Activation = "none") -> Before:

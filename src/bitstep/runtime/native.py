@@ -72,7 +72,10 @@ class Map(ctypes.Structure):
     """``bitstep_map``: the shape of an activation map and of its codes."""
 
     _fields_ = [
-        (name, c_int32) for name in ("batch", "height", "width", "channels", "padded_channels", "pad_h", "pad_w")
+        *((name, c_int32) for name in ("batch", "height", "width", "channels", "padded_channels", "pad_h", "pad_w")),
+        ("repeat", c_int32),
+        ("rest", c_void_p),
+        ("rest_channels", c_int32),
     ]
 
 
@@ -87,12 +90,15 @@ class Layer(ctypes.Structure):
     ]
 
 
-def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any) -> None:
-    """Run ``bind(y, *args)``, which reads the tensors among args (or in tuples among them) and writes y."""
+def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any, in_parts: bool = False) -> None:
+    """Run ``bind(y, *args)``, which reads the tensors among args (or in tuples among them) and writes y.
+
+    in_parts: for the first of args it would take a tuple of the two tensors whose last dimensions are joined in it
+    """
     bind(y, *args)()
     listener = _listener.get()
     if listener is not None:
-        listener(bind, y, *args)
+        listener(bind, y, *args, in_parts=in_parts)
 
 
 @contextmanager
@@ -124,8 +130,9 @@ def library() -> ctypes.CDLL | None:
     ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
     # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
-    fork = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    lib.bitstep_set_fork(ctypes.cast(fork, c_void_p) if fork else None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    openmp = [getattr(ctypes.CDLL(None), name, None) for name in names]
+    lib.bitstep_set_threads(*(ctypes.cast(function, c_void_p) if function else None for function in openmp))
     _use(lib, os.environ.get(INSTRUCTION_SET_VARIABLE) or _names(lib)[0])
     return lib
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
-from bitstep.runtime.reference import align_channels
+from bitstep.runtime.reference import align_channels, in_float
 from bitstep.steps import per_sample
 
 _INT32_MAX = 2**31 - 1
@@ -32,7 +32,10 @@ _PLAIN_OUTPUT: tuple[Any, ...] = (
 
 
 class OneDnnKernel(Kernel):
-    """u8 activations times s8 weights. One prepacked weight serves the step sizes of every timestep."""
+    """u8 activations times s8 weights. One prepacked weight serves the step sizes of every timestep.
+
+    A layer with floating-point activations gives a channels-last map, as the kernels of its neighbours want it.
+    """
 
     name = "onednn"
 
@@ -41,7 +44,7 @@ class OneDnnKernel(Kernel):
         if problem.device != "cpu":
             wrong.append(f"it runs on the CPU, not on {problem.device}")
         if problem.activation_bits is None:
-            wrong.append("activations are in floating point")
+            return wrong
         if problem.bases == 2:
             wrong.append("a weight of two sign bases is no integer times one scale")
         if problem.weight_bits == 8 and not problem.symmetric:
@@ -55,7 +58,11 @@ class OneDnnKernel(Kernel):
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         bits = problem.activation_bits
-        assert bits is not None
+        if bits is None:
+            weight = tensors.weight.dequantize()
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            return in_float(problem, tensors, weight)
         reciprocal = align_channels(tensors.channel_reciprocal, problem)
         multiply = _linear(tensors) if problem.op == "linear" else _convolution(problem, tensors)
 

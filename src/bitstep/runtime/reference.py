@@ -22,18 +22,23 @@ class ReferenceKernel(Kernel):
         return []
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
-        weight, bias, bits = tensors.weight.dequantize(), tensors.bias, problem.activation_bits
-        reciprocal = align_channels(tensors.channel_reciprocal, problem)
-        operation = _operation(problem)
+        return in_float(problem, tensors, tensors.weight.dequantize())
 
-        def forward(x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-            if reciprocal is not None:
-                x = x * reciprocal
-            if bits is not None and scale is not None and zero_point is not None:
-                x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), bits)
-            return operation(x, weight, bias)  # type: ignore[no-any-return]
 
-        return forward
+def in_float(problem: Problem, tensors: LayerTensors, weight: Tensor) -> Forward:
+    """The problem in floating point, with the layer's ``weight`` dequantized."""
+    bias, bits = tensors.bias, problem.activation_bits
+    reciprocal = align_channels(tensors.channel_reciprocal, problem)
+    operation = _operation(problem)
+
+    def forward(x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        if reciprocal is not None:
+            x = x * reciprocal
+        if bits is not None and scale is not None and zero_point is not None:
+            x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), bits)
+        return operation(x, weight, bias)  # type: ignore[no-any-return]
+
+    return forward
 
 
 def align_channels(per_channel: Tensor | None, problem: Problem) -> Tensor | None:

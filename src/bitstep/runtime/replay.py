@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from bitstep.runtime import native
 from bitstep.runtime.layers import PackedModule
@@ -28,7 +29,7 @@ from bitstep.runtime.tape import Tape, record
 from bitstep.steps import Position, StepCursor
 
 _KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
-_ELSEWHERE = {name for name in vars(nn.Module()) if "backward" in name or "state_dict" in name}
+_ELSEWHERE = {*vars(nn.Module())} - {"_modules"}  # torch's own: looked at apart, or without effect
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -122,10 +123,12 @@ class Watch:
         self.refusal: str | None = None
         if len(cursors) > 1:
             self.refusal = "layers of several models share it"
-        inner = modules[1:]
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inner):
+        self._inner = modules[1:]
+        self._handles = RemovableHandle.next_id
+        self._hooked = self._has_hooks()
+        if self._hooked or any("forward" in vars(m) for m in self._inner):
             self.refusal = "there are hooks inside"
-        processors = filter(None, (getattr(m, "processor", None) for m in inner))
+        processors = filter(None, (getattr(m, "processor", None) for m in self._inner))
         if any(not type(p).__module__.startswith("diffusers.") for p in processors):
             self.refusal = "an attention processor may do more than compute"
         self._cursor: StepCursor | None = next(iter(cursors), None)
@@ -134,7 +137,15 @@ class Watch:
         self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._tensors_then = list(chain.from_iterable(d.values() for d in self._tensors))
 
+    def _has_hooks(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._inner)
+
     def sees_change(self) -> bool:
+        # torch numbers all hooks in the order in which they are registered
+        if self._hooked or self._handles != RemovableHandle.next_id:
+            self._handles = RemovableHandle.next_id
+            if self._has_hooks() != self._hooked:
+                return True
         # equality of tensors is no identity, so those come first
         if any(map(is_not, chain.from_iterable(d.values() for d in self._tensors), self._tensors_then)):
             return True
@@ -156,9 +167,9 @@ class Watch:
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """The dictionaries and lists that hold what ``module`` is."""
+    """The dictionaries and lists that hold what ``module`` is, but for its tensors and hooks."""
     own = vars(module)
-    parts = [own, *(v for name, v in own.items() if isinstance(v, dict | list) and name not in _ELSEWHERE)]
+    parts = [own, *(v for name, v in own.items() if isinstance(v, dict | list) and v and name not in _ELSEWHERE)]
     processor = own.get("processor")  # of attention
     return parts if processor is None else [*parts, vars(processor)]
 

@@ -9,9 +9,11 @@ not move needs none) or gives what nobody reads. Tensors that never live at the 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from math import prod
 from operator import attrgetter
 from typing import Any
 
@@ -50,12 +52,19 @@ class View:
 
 @dataclass(frozen=True)
 class Entry:
-    """``bind(*args)`` is a call that runs the entry, once tensors have taken the place of the views in ``args``."""
+    """``bind(*args)`` is a call that runs the entry, once tensors have taken the place of the views in ``args``.
+
+    ``in_parts``: args[1] may be a tuple of the two tensors whose last dimensions are joined in it.
+    """
 
     bind: Callable[..., native.Call]
     args: tuple[Any, ...]
-    reads: frozenset[int]
     writes: frozenset[int]
+    in_parts: bool = False
+
+    @cached_property
+    def reads(self) -> frozenset[int]:
+        return frozenset(leaf.buffer for leaf in tree_leaves(self.args) if isinstance(leaf, View))
 
 
 def record(function: Callable[..., Any], *args: Any) -> tuple[Any, Tape | None, str | None]:
@@ -121,10 +130,10 @@ class Recorder(TorchDispatchMode):
         self._note(given)
         return result
 
-    def launched(self, bind: Callable[..., native.Call], y: Tensor, *args: Any) -> None:
+    def launched(self, bind: Callable[..., native.Call], y: Tensor, *args: Any, in_parts: bool) -> None:
         """Hear of a call into the native library."""
         if not self.refusal:
-            self._append(bind, (y, *args), [y])
+            self._append(bind, (y, *args), [y], in_parts)
             self._note(_tensors(args))
 
     def knows(self, tensor: Tensor) -> bool:
@@ -144,11 +153,15 @@ class Recorder(TorchDispatchMode):
         self._held.append(StorageWeakRef(storage))
         self.nbytes.append(storage.nbytes())
 
-    def _append(self, bind: Callable[..., native.Call], args: tuple[Any, ...], written: Iterable[Tensor]) -> None:
-        args = tree_map_only(Tensor, self.view, args)
-        used = {leaf.buffer for leaf in tree_leaves(args) if isinstance(leaf, View)}
-        writes = {self._buffers[_address(tensor)] for tensor in written}
-        self.entries.append(Entry(bind, args, frozenset(used), frozenset(writes)))
+    def _append(
+        self,
+        bind: Callable[..., native.Call],
+        args: tuple[Any, ...],
+        written: Iterable[Tensor],
+        in_parts: bool = False,
+    ) -> None:
+        writes = frozenset(self._buffers[_address(tensor)] for tensor in written)
+        self.entries.append(Entry(bind, tree_map_only(Tensor, self.view, args), writes, in_parts))
 
     def _note(self, given: Iterable[Tensor]) -> None:
         self.constants |= {id(tensor): tensor for tensor in given if not self.knows(tensor)}
@@ -186,13 +199,13 @@ class _Escapes(TorchFunctionMode):
 
 
 class Tape:
-    """Recorded entries in memory of their own; ``nbytes`` of it."""
+    """Recorded ``entries`` in memory of their own; ``nbytes`` of it."""
 
     def __init__(self, recorder: Recorder, result: Any) -> None:
         leaves, self._spec = tree_flatten(tree_map_only(Tensor, recorder.view, result))
         outputs = {leaf.buffer for leaf in leaves if isinstance(leaf, View)}
-        entries = _needed(recorder.entries, outputs)
-        offsets, self.nbytes = plan(_lives(recorder.inputs, entries, outputs), recorder.nbytes)
+        self.entries = _needed(_without_concatenations(recorder.entries), outputs)  # alive: the calls point to them
+        offsets, self.nbytes = plan(_lives(recorder.inputs, self.entries, outputs), recorder.nbytes)
         memory = torch.empty(self.nbytes, dtype=torch.uint8)
 
         def place(view: View) -> Tensor:
@@ -201,11 +214,10 @@ class Tape:
             return elements.as_strided(view.size, view.stride, start + view.offset)
 
         self._inputs = [_distinct(place(view)) for view in recorder.inputs]
-        self._calls = [entry.bind(*tree_map_only(View, place, entry.args)) for entry in entries]
+        self._calls = [entry.bind(*tree_map_only(View, place, entry.args)) for entry in self.entries]
         self._outputs = [place(leaf) if isinstance(leaf, View) else leaf for leaf in leaves]
         self._constants = list(recorder.constants.values())
         self._versions = list(map(_version, self._constants))
-        self._entries = entries  # keeps alive what the calls point to
 
     def is_stale(self) -> bool:
         """Whether a constant was changed in place."""
@@ -255,6 +267,33 @@ def _needed(entries: Sequence[Entry], outputs: Iterable[int]) -> list[Entry]:
             wanted |= entry.reads
             needed.append(entry)
     return needed[::-1]
+
+
+def _without_concatenations(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, those that can reading the two parts of a concatenation of channels instead of the whole."""
+    writers = Counter(buffer for entry in entries for buffer in entry.writes)
+    parts: dict[View, tuple[View, View]] = {}
+    kept = []
+    for entry in entries:
+        if entry.bind is _bind and entry.args[0] is torch.ops.aten.cat.default and entry.args[1][1:] == (1,):
+            maps = list(map(_channels_last, (entry.args[3], *entry.args[1][0])))
+            lasting = [view for view in maps if view is not None and writers[view.buffer] <= 1]
+            if len(maps) == len(lasting) == 3:
+                parts[lasting[0]] = lasting[1], lasting[2]
+        if entry.in_parts and entry.args[1] in parts:
+            entry = replace(entry, args=(entry.args[0], parts[entry.args[1]], *entry.args[2:]))
+        kept.append(entry)
+    return kept
+
+
+def _channels_last(x: Any) -> View | None:
+    """The view ``[batch, height, width, channels]`` of a map ``[batch, channels, height, width]`` that lies so."""
+    if not isinstance(x, View) or len(x.size) != 4:
+        return None
+    size, stride = (tuple(values[i] for i in (0, 2, 3, 1)) for values in (x.size, x.stride))
+    dense = (prod(size[1:]), prod(size[2:]), size[3], 1)
+    lies_so = all(s == d or count == 1 for s, d, count in zip(stride, dense, size, strict=True))
+    return replace(x, size=torch.Size(size), stride=dense) if lies_so else None
 
 
 def _lives(inputs: Iterable[View], entries: Sequence[Entry], outputs: Iterable[int]) -> dict[int, tuple[int, int]]:
