@@ -347,14 +347,15 @@ class Worker:
         return self.row
 
 
-def compare(name: str, batch: int, rounds: int, peers: str, pipeline: bool = False) -> dict[str, Any]:
+def compare(name: str, batch: int, settings: argparse.Namespace, pipeline: bool = False) -> dict[str, Any]:
     """All runtimes on one model, interleaved."""
     workers = []
-    for runtime in [*OURS, *PEERS]:
+    for runtime in settings.runtimes:
         print(f"{name} batch {batch}: {runtime}", end="", flush=True)
-        workers.append(Worker(sys.executable if runtime in OURS else peers, runtime, name, batch, pipeline))
+        python = sys.executable if runtime in OURS else settings.peers
+        workers.append(Worker(python, runtime, name, batch, pipeline))
         print(" -", workers[-1].row.get("failed", "ready"), flush=True)
-    for _ in range(rounds):
+    for _ in range(settings.rounds):
         for worker in workers:
             worker.visit(1 if pipeline else 5)
     return {"model": name, "batch": batch, "rows": [worker.finish() for worker in workers]}
@@ -451,6 +452,8 @@ def main() -> None:
     parser.add_argument("--first-image", nargs=2, help=argparse.SUPPRESS)
     names = [*(f"{name}{batch}" for name, batch in COMPARISONS), "sampling", "first_image"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="the tables to measure")
+    runtimes = [*OURS, *PEERS]
+    parser.add_argument("--runtimes", nargs="+", choices=runtimes, default=runtimes, help="some take long to build")
     parser.add_argument("--rounds", type=int, default=20, help="visits to every runtime, of 5 calls each")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the other runtimes")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -474,10 +477,10 @@ def main() -> None:
     for name, batch in COMPARISONS:
         done = any(c["model"] == name and c["batch"] == batch for c in comparisons)
         if f"{name}{batch}" in arguments.only and not done:
-            comparisons.append(compare(name, batch, arguments.rounds, arguments.peers))
+            comparisons.append(compare(name, batch, arguments))
             save()
     if "sampling" in arguments.only and "sampling" not in results:
-        results["sampling"] = compare("A", 1, arguments.rounds, arguments.peers, pipeline=True)
+        results["sampling"] = compare("A", 1, arguments, pipeline=True)
         save()
     if "first_image" in arguments.only and "first_image" not in results:
         results["first_image"] = compare_first_images(arguments.rounds)
