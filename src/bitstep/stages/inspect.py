@@ -25,6 +25,7 @@ def inspect(directory: Path) -> dict[str, Any]:
 
     average_weight_bits: over the weights of packed layers
     size_bytes, full_precision_bytes, compression: the denoiser on disk, all its parameters in float32, their ratio
+    bytes_per_parameter: of the denoiser on disk, scales and tables included
     flops: multiply-accumulates of the full-precision model, each counted as one operation
     bops: sum over quantized layers of multiply-accumulates x weight bits x activation bits
     ops, ops_saving: bops / 64 + multiply-accumulates that stay in floating point (the counting of the papers on
@@ -61,6 +62,7 @@ def inspect(directory: Path) -> dict[str, Any]:
         "size_bytes": size,
         "full_precision_bytes": full_size,
         "compression": full_size / size,
+        "bytes_per_parameter": FULL_PRECISION_BYTES * size / full_size,
         "flops": macs.total,
         "bops": bops,
         "ops": ops,
