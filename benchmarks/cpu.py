@@ -8,7 +8,8 @@ takes from ``from_pretrained`` to its first image.
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only the shapes matter. Nothing else should be running.
-The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them.
+The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them,
+and bitstep.
 """
 
 from __future__ import annotations
@@ -158,75 +159,10 @@ def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> De
     return Denoiser(packed(name, weight_bits, activation_bits))
 
 
-def openvino(name: str, batch: int, int8: bool, precision: str) -> Denoise:
-    import openvino as ov
+def peer(name: str, batch: int, runtime: str) -> Denoise:
+    from bitstep.stages.peers import PEERS
 
-    inputs = example(name, batch)
-    model = ov.convert_model(Denoiser(build(name)), example_input=inputs, input=[x.shape for x in inputs])
-    if int8:
-        import nncf
-
-        transformer = nncf.ModelType.TRANSFORMER if name == "C" else None
-        data = nncf.Dataset([tuple(x.numpy() for x in inputs)])
-        model = nncf.quantize(model, data, model_type=transformer, subset_size=1)
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        results = request.infer([x.numpy(), t.numpy()], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(results[0])
-
-    return denoise
-
-
-def torchao(name: str, batch: int) -> Denoise:
-    from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
-        Int8DynamicActivationInt8WeightConfig,
-        quantize_,
-    )
-
-    model = Denoiser(build(name))
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model)  # type: ignore[no-any-return, unused-ignore]
-
-
-def quanto(name: str, batch: int) -> Denoise:
-    from optimum.quanto import freeze, qint8, quantize  # type: ignore[import-not-found, unused-ignore]
-
-    model = Denoiser(build(name))
-    quantize(model, weights=qint8, activations=qint8)
-    freeze(model)
-    return model
-
-
-def onnxruntime(name: str, batch: int) -> Denoise:
-    import onnxruntime as ort
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    inputs = example(name, batch)
-
-    def feed(x: Tensor, t: Tensor) -> dict[str, Any]:
-        return {"x": x.numpy(), "t": t.numpy()}
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter([feed(*inputs)])
-
-        def get_next(self) -> Any:
-            return next(self.batches, None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = f"{folder}/model.onnx", f"{folder}/int8.onnx"
-        torch.onnx.export(Denoiser(build(name)), inputs, source, input_names=["x", "t"], dynamo=False)
-        quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    return lambda x, t: torch.from_numpy(session.run(None, feed(x, t))[0])
+    return PEERS[runtime].compile(Denoiser(build(name)), example(name, batch))
 
 
 OURS: dict[str, Callable[[str, int], Denoise]] = {
@@ -235,12 +171,12 @@ OURS: dict[str, Callable[[str, int], Denoise]] = {
     **{width: partial(bitstep, weight_bits=bits[0], activation_bits=bits[1]) for width, bits in WIDTHS.items()},
 }
 PEERS: dict[str, Callable[[str, int], Denoise]] = {
-    "OpenVINO f32": lambda name, batch: openvino(name, batch, False, "f32"),
-    "OpenVINO int8 + f32": lambda name, batch: openvino(name, batch, True, "f32"),
-    PEER: lambda name, batch: openvino(name, batch, True, "bf16"),
-    "ONNX Runtime int8": onnxruntime,
-    "torchao int8": torchao,
-    "optimum-quanto int8": quanto,
+    "OpenVINO f32": partial(peer, runtime="openvino"),
+    "OpenVINO int8 + f32": partial(peer, runtime="openvino-int8"),
+    PEER: partial(peer, runtime="openvino-int8-bf16"),
+    "ONNX Runtime int8": partial(peer, runtime="onnxruntime-int8"),
+    "torchao int8": partial(peer, runtime="torchao-int8"),
+    "optimum-quanto int8": partial(peer, runtime="quanto-int8"),
 }
 EVERYWHERE = [  # imported before anything is measured
     "diffusers.models.transformers.dit_transformer_2d",

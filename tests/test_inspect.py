@@ -6,12 +6,16 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 from packed import random_model
 from pipelines import build
+from torch import nn
 
 from bitstep import api
+from bitstep.calls import Call, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers
+from bitstep.stages.peers import PEERS, OfTensors
 
 
 def test_sizes_and_operations(packed_pipeline: Path) -> None:
@@ -68,7 +72,26 @@ def test_benchmark_times_each_in_its_own_process(packed_pipeline: Path) -> None:
 
 
 def test_a_benchmark_that_cannot_run_says_why(packed_pipeline: Path) -> None:
-    with pytest.raises(UsageError, match="unknown precision fp64"):
+    with pytest.raises(UsageError, match="cannot compare with 'fp64', did you mean"):
         api.benchmark(packed_pipeline, against=["fp64"])
     with pytest.raises(BitstepError, match=r"the benchmark of packed failed: .*no backend named 'abacus'"):
         api.benchmark(packed_pipeline, against=[], backend="abacus")
+
+
+def test_other_runtimes_are_named_when_they_are_not_installed(packed_pipeline: Path) -> None:
+    absent = next((name for name, peer in PEERS.items() if peer.missing()), None)
+    if absent is None:
+        pytest.skip("every other runtime is installed")
+    with pytest.raises(UsageError, match=f"{absent} needs packages that are not installed: pip install"):
+        api.benchmark(packed_pipeline, against=[absent])
+
+
+def test_a_denoiser_of_the_tensors_in_its_call() -> None:
+    """What other runtimes are given, for a call with tensors inside dictionaries and plain values beside them."""
+    model = nn.Module()
+    model.forward = lambda sample, timestep, extra, scale: (sample * scale + timestep + extra["text"],)
+    call = Call({"sample": torch.ones(2, 3), "timestep": torch.tensor(5), "extra": {"text": torch.ones(3)}, "scale": 2})
+    module = OfTensors(model, call)
+    assert len(module.inputs) == 3
+    assert torch.equal(module(*module.inputs), run(model, call))
+    assert torch.equal(module(*(2 * x for x in module.inputs)), 2 * run(model, call))

@@ -196,7 +196,12 @@ def benchmark(
     directory: Packed,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="DTYPE...", help="fp32, bf16, fp16; fp32 and bf16 if not given.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="fp32, bf16, fp16, openvino, openvino-int8, openvino-int8-bf16, onnxruntime-int8, torchao-int8, "
+            "quanto-int8; fp32 and bf16 if not given.",
+        ),
     ] = None,
     batch_size: BatchSize = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
@@ -204,13 +209,13 @@ def benchmark(
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
-    """Time the denoiser against the same architecture in full precision."""
+    """Time the denoiser against the same architecture in full precision and under other runtimes."""
     from bitstep import api
 
     # `--against fp32 bf16`: an option takes one value, so the words after the first arrive as arguments
     baselines = [*(against or ()), *(more or ())]
     if more and not against:
-        raise UsageError(f"unexpected argument {more[0]!r}: precisions to compare with are given with --against")
+        raise UsageError(f"unexpected argument {more[0]!r}: what to compare with is given with --against")
     with _progress("timing") as progress:
         numbers = api.benchmark(
             directory,

@@ -1,4 +1,5 @@
-"""Benchmark: the packed denoiser against the same architecture in full precision, each in a process of its own.
+"""Benchmark: the packed denoiser against the same architecture in full precision and under other runtimes, each in a
+process of its own.
 
 The processes wait for each other and take turns, so that a machine that slows down slows all of them; nothing of one
 model is in another's memory. Run as a program, this module is one such process: it reads its task from its arguments,
@@ -8,6 +9,7 @@ and for every line on stdin times one forward pass.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -15,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ from torch import Tensor
 from bitstep.calls import Pool, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import kernels_in_use, set_backend
+from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import load
+from bitstep.stages.peers import PEERS, OfTensors
 from bitstep.stages.sample import Progress
 from bitstep.steps import TIMESTEP_NAMES
 
@@ -51,13 +56,17 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time ``rounds`` forward passes of each, on a call of the denoiser that its pipeline made.
 
+    against: precisions (``fp32``, ``bf16``, ``fp16``) of eager PyTorch, and names of :data:`bitstep.stages.peers.PEERS`
+
+    Returns a dictionary:
+
     rows: name, median_ms, spread_ms (interquartile range), ratio_to_fp32 (median over the rounds of the time against
         float32's in the same round; below 1 is faster), peak_memory_mb (of the process; on CUDA, of torch's allocator)
     kernels: how many layers each kernel runs
     layers: the kernel of every packed layer
     """
-    if unknown := set(against) - DTYPES.keys():
-        raise UsageError(f"unknown precision {min(unknown)}: expected some of {', '.join(DTYPES)}")
+    for name in against:
+        _check(name)
     source = load(directory)
     packed_manifest(source)
     component = str(component_folder(source))
@@ -85,9 +94,18 @@ def benchmark(
     }
 
 
+def _check(name: str) -> None:
+    """Raise UsageError where nothing of that name can be timed here."""
+    known = (*DTYPES, *PEERS)
+    if name not in known:
+        raise UsageError(f"cannot compare with {name!r}{nearest(name, known)}: expected some of {', '.join(known)}")
+    if name in PEERS and (missing := PEERS[name].missing()):
+        raise UsageError(f"{name} needs packages that are not installed: pip install {' '.join(missing)}")
+
+
 @dataclass(frozen=True)
 class Task:
-    """What one process times: the packed model in ``component``, or its architecture in the precision ``name``."""
+    """What one process times: the packed model in ``component``, or its architecture in a precision or under a peer."""
 
     name: str
     component: str
@@ -155,21 +173,27 @@ class _Worker:
 
 @torch.no_grad()
 def _work(task: Task) -> None:
+    reply = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # the libraries of peers print
     model = _model(task)
     pool = Pool.open(task.calls)
     call, _ = pool.batch(range(len(pool)))
     call = call.map(lambda name, tensor: _cast(name, tensor, model.dtype)).to(task.device)
+    step: Callable[[], Tensor] = partial(run, model, call)
+    if task.name in PEERS:
+        module = OfTensors(model, call)
+        step = partial(PEERS[task.name].compile(module, module.inputs), *module.inputs)
     for _ in range(WARM_UP):
-        run(model, call)
-    print(json.dumps({"kernels": kernels_in_use(model)}), flush=True)
+        step()
+    reply.write(json.dumps({"kernels": kernels_in_use(model)}) + "\n")
     for _ in sys.stdin:
-        run(model, call)  # fills the caches again, which the others had meanwhile
+        step()  # fills the caches again, which the others had meanwhile
         _synchronize(task.device)
         start = time.perf_counter()
-        run(model, call)
+        step()
         _synchronize(task.device)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        print(json.dumps({"ms": milliseconds, "peak_memory_mb": _peak_memory(task.device)}), flush=True)
+        reply.write(json.dumps({"ms": milliseconds, "peak_memory_mb": _peak_memory(task.device)}) + "\n")
 
 
 def _model(task: Task) -> ModelMixin:
@@ -178,7 +202,7 @@ def _model(task: Task) -> ModelMixin:
         model = model_class(component).from_pretrained(component)
         set_backend(model, task.backend)
     else:
-        torch.set_default_dtype(DTYPES[task.name])
+        torch.set_default_dtype(DTYPES.get(task.name, torch.float32))
         model = architecture(component).eval()
     return model.to(task.device)
 
