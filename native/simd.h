@@ -58,6 +58,8 @@ inline float sum(F x);
 inline float largest(F x);
 // Lanes in the range of int16.
 inline void store_words(int16_t* p, I x);
+// Lane n of the result is lane index[n] of a and b side by side.
+inline I pick(I a, I b, I index);
 // acc + sum over the two int16 of each lane of a * w.
 inline I dot2(I acc, I a, I w);
 // acc + sum over the four bytes of each lane of a (unsigned) * w (signed), exactly.
@@ -89,6 +91,7 @@ inline I dot2(I acc, I a, I w) { return (I)_mm512_dpwssd_epi32((__m512i)acc, (__
 inline void store_words(int16_t* p, I x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
 }
+inline I pick(I a, I b, I index) { return (I)_mm512_permutex2var_epi32((__m512i)a, (__m512i)index, (__m512i)b); }
 
 #elif defined(BITSTEP_avx2)
 
@@ -136,6 +139,11 @@ inline void store_words(int16_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 }
+inline I pick(I a, I b, I index) {
+  const __m256i at = (__m256i)index;
+  const __m256i low = _mm256_permutevar8x32_epi32((__m256i)a, at), high = _mm256_permutevar8x32_epi32((__m256i)b, at);
+  return (I)_mm256_blendv_epi8(low, high, _mm256_cmpgt_epi32(at, _mm256_set1_epi32(kLanes - 1)));
+}
 
 #else
 
@@ -181,11 +189,34 @@ inline I dot2(I acc, I a, I w) { return acc + (a << 16 >> 16) * (w << 16 >> 16) 
 inline void store_words(int16_t* p, I x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(x[i]);
 }
+inline I pick(I a, I b, I index) {
+  I x;
+  for (int i = 0; i < kLanes; ++i) x[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return x;
+}
 
 #endif
 
 inline F load_some(const float* p, int count) { return count == kLanes ? load(p) : load(p, count); }
 inline void store_some(float* p, F x, int count) { count == kLanes ? store(p, x) : store(p, x, count); }
+
+// Lane i of vector j becomes lane j of vector i.
+template <int Size = kLanes / 2>
+inline void transpose(I (&x)[kLanes]) {
+  // blocks of Size x Size change places across the diagonal
+  I low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & Size ? i - Size + kLanes : i;
+    high[i] = i & Size ? i + kLanes : i + Size;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Size) continue;
+    const I a = x[i], b = x[i + Size];
+    x[i] = pick(a, b, low);
+    x[i + Size] = pick(a, b, high);
+  }
+  if constexpr (Size > 1) transpose<Size / 2>(x);
+}
 
 // x with another value from lane `count` on.
 inline F fill_from(F x, int count, float value) {
