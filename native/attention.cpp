@@ -3,7 +3,7 @@
 // the row's largest, in 13 bits.
 //
 // Both products are computed transposed, with a query in each lane: softmax then needs no operation across lanes, and
-// its result is the operand of the second product as it stands.
+// its result is the operand of the second product as it stands. Exponentials are taken of 16-bit logarithms.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -18,9 +18,9 @@ namespace {
 
 constexpr int kWide = 2 * kLanes;  // queries side by side
 constexpr int kRows = 8;           // keys, or channels of values, multiplied side by side
-constexpr int64_t kBlock = 64;     // keys between two corrections of the softmax, whose weighted values a sum holds:
-constexpr float kValue = 4095;     //   64 x 2**13 x 4095 < 2**31
-constexpr int kProbabilityBits = 13;
+constexpr int64_t kBlock = 128;    // keys between two corrections of the softmax, whose weighted values a sum holds:
+constexpr float kValue = 2020;     //   128 x 2**13 x 2020 < 2**31, less 1 % that rounding may add to large logarithms
+constexpr float kDepth = 4096;     // steps of a logarithm to base 2, in 16 bits
 constexpr int64_t kAhead = 12;     // tokens between a load and its use
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -36,12 +36,14 @@ F fixed_step(F most, float limit) { return most > splat(1e-30f) ? most * splat(1
 // Two values of the range of int16 in one lane.
 I join(I low, I high) { return (low & 0xffff) | (high << 16); }
 
-// 2**x within a relative 8e-5, less than the resolution of probabilities; x above -126.
-F rough_exp2(F x) {
-  const F n = round(x), r = x - n;
-  F p = splat(5.51716649e-2f);
-  for (const float c : {2.42611122e-1f, 6.93260986e-1f, 9.99928074e-1f}) p = p * r + splat(c);
-  return scale_by_power(p, n);
+W words(int x) { return static_cast<uint16_t>(x) - W{}; }
+
+// 2**(14 - x / kDepth) within a relative 8e-5 and half a step; x at least kDepth.
+W probability(W x) {
+  const W fraction = x << 3 & 0x7fff;
+  W p = words(-1278);  // a polynomial fitted on [0, 1], in units of 2**-15
+  for (const int c : {7539, -22643, 32766}) p = multiply_high(p, fraction) + words(c);
+  return (shift_right(p, x >> 12) + 1) >> 1;
 }
 
 // The two 16-bit values at p in every lane.
@@ -139,7 +141,7 @@ class Attention {
         store_words(keys + key * words_ + c, to_int(load_channels(k + key * channels_, c) * scale));
       }
     }
-    std::fill(keys + shape_.keys * words_, keys + keys_ * words_, int16_t{0});
+    std::fill(keys + shape_.keys * words_, keys + round_up(shape_.keys, kRows) * words_, int16_t{0});
     return step[0];
   }
 
@@ -153,7 +155,7 @@ class Attention {
       }
       const F step = fixed_step(most, kValue), scale = 1.0f / step;
       store(steps + c, step);
-      for (int64_t key = 0; key < keys_; key += 2 * kLanes) {
+      for (int64_t key = 0; key < shape_.keys; key += 2 * kLanes) {
         const auto value = [&](int64_t at) {
           return at < shape_.keys ? to_int(load_channels(v + at * channels_, c) * scale) : I{};
         };
@@ -191,7 +193,8 @@ class Attention {
           }
         }
         const F step = fixed_step(most, a_.limit_), scale = 1.0f / step;
-        steps_[half] = step * splat(a_.shape_.scale * 1.44269504f * key_step);  // logarithms to base 2
+        // logarithms to base 2; bounded, so that every difference has a depth, where they show little but rounding
+        steps_[half] = min(step * splat(a_.shape_.scale * 1.44269504f * key_step), splat(0x1p-14f));
         for (int64_t pair = 0; pair < a_.pairs_; ++pair) {
           const float* both = rows + 2 * pair * kLanes;
           const I words = join(to_int(load(both) * scale), to_int(load(both + kLanes) * scale));
@@ -215,9 +218,9 @@ class Attention {
       for (int half = 0; half < 2; ++half) {
         correction[half] = exp2((to_float(most_[half]) - to_float(most[half])) * steps_[half]);
         most_[half] = most[half];
-        const I total = exponentiate(logits + half * kLanes, count, half, probabilities + half * kLanes);
-        total_[half] = total_[half] * correction[half] + to_float(total);
+        total_[half] *= correction[half];
       }
+      exponentiate(logits, count, probabilities);
       mix(values, probabilities, (count + 1) / 2, correction);
     }
 
@@ -238,25 +241,30 @@ class Attention {
     }
 
    private:
-    // Logits [count][kWide] to probabilities [count / 2][kWide] of two keys; returns their sums.
-    I exponentiate(const int32_t* logits, int64_t count, int half, int32_t* probabilities) const {
-      const F step = steps_[half], shift = splat(float{kProbabilityBits}) - to_float(most_[half]) * step;
-      const auto probability = [&](int64_t key) {
-        return to_int(rough_exp2(max(to_float(load(logits + key * kWide)) * step + shift, splat(-8.0f))));
+    // Logits [count][kWide] to probabilities [count / 2][kWide] of two keys; adds their sums to the totals.
+    void exponentiate(const int32_t* logits, int64_t count, int32_t* probabilities) {
+      F step[2], origin[2];
+      for (int half = 0; half < 2; ++half) {
+        step[half] = steps_[half] * splat(-kDepth);
+        origin[half] = splat(kDepth) - to_float(most_[half]) * step[half];
+      }
+      const auto probabilities_of = [&](int64_t key) {
+        I depth[2];
+        for (int half = 0; half < 2; ++half) {
+          depth[half] = to_int(to_float(load(logits + key * kWide + half * kLanes)) * step[half] + origin[half]);
+        }
+        return probability(to_words(depth[0], depth[1]));
       };
-      I total{};
-      int64_t key = 0;
-      for (; key + 1 < count; key += 2) {
-        const I even = probability(key), odd = probability(key + 1);
-        total += even + odd;
-        store(probabilities + key / 2 * kWide, even | (odd << 16));
+      I total[2] = {};
+      for (int64_t key = 0; key < count; key += 2, probabilities += kWide) {
+        const W even = probabilities_of(key), odd = key + 1 < count ? probabilities_of(key + 1) : W{};
+        const I pairs[2] = {low_pairs(even, odd), high_pairs(even, odd)};
+        for (int half = 0; half < 2; ++half) {
+          total[half] = dot2(total[half], pairs[half], splat(0x00010001));
+          store(probabilities + half * kLanes, pairs[half]);
+        }
       }
-      if (key < count) {
-        const I even = probability(key);
-        total += even;
-        store(probabilities + key / 2 * kWide, even);
-      }
-      return total;
+      for (int half = 0; half < 2; ++half) total_[half] += to_float(total[half]);
     }
 
     // mixed = correction * mixed + values . probabilities
