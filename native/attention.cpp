@@ -3,7 +3,7 @@
 // the row's largest, in 13 bits.
 //
 // Both products are computed transposed, with a query in each lane: softmax then needs no operation across lanes, and
-// its result is the operand of the second product as it stands.
+// its result is the operand of the second product as it stands. Exponentials are taken of 16-bit logarithms.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -18,40 +18,32 @@ namespace {
 
 constexpr int kWide = 2 * kLanes;  // queries side by side
 constexpr int kRows = 8;           // keys, or channels of values, multiplied side by side
-constexpr int64_t kBlock = 64;     // keys between two corrections of the softmax, whose weighted values a sum holds:
-constexpr float kValue = 4095;     //   64 x 2**13 x 4095 < 2**31
-constexpr int kProbabilityBits = 13;
+constexpr int64_t kBlock = 128;    // keys between two corrections of the softmax, whose weighted values a sum holds:
+constexpr float kValue = 2020;     //   128 x 2**13 x 2020 < 2**31, less 1 % that rounding may add to large logarithms
+constexpr float kDepth = 4096;     // steps of a logarithm to base 2, in 16 bits
 constexpr int64_t kAhead = 12;     // tokens between a load and its use
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 int lanes_left(int64_t count, int64_t at) { return static_cast<int>(std::min<int64_t>(kLanes, count - at)); }
 
-float largest_size(const float* x, int64_t count) {
-  F most{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F value = load_some(x + i, lanes_left(count, i));
-    most = max(most, max(value, -value));
-  }
-  return largest(most);
-}
+// |x| and most, whichever is larger.
+F largest_size(F most, F x) { return max(most, max(x, -x)); }
 
-// The factor that takes values of at most `most` to at most `limit`; any, where they are next to nothing.
-float fixed_scale(float most, float limit) { return most > 1e-30f ? limit / most : 1.0f; }
+// The step by which values of at most `most` are at most `limit` steps; any, where they are next to nothing.
+F fixed_step(F most, float limit) { return most > splat(1e-30f) ? most * splat(1 / limit) : splat(1.0f); }
 
-// x * scale as 16-bit integers; writes whole vectors.
-void fix(const float* x, int64_t count, float scale, int16_t* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    store_words(out + i, to_int(load_some(x + i, lanes_left(count, i)) * splat(scale)));
-  }
-}
+// Two values of the range of int16 in one lane.
+I join(I low, I high) { return (low & 0xffff) | (high << 16); }
 
-// 2**x within a relative 8e-5, less than the resolution of probabilities; x above -126.
-F rough_exp2(F x) {
-  const F n = round(x), r = x - n;
-  F p = splat(5.51716649e-2f);
-  for (const float c : {2.42611122e-1f, 6.93260986e-1f, 9.99928074e-1f}) p = p * r + splat(c);
-  return scale_by_power(p, n);
+W words(int x) { return static_cast<uint16_t>(x) - W{}; }
+
+// 2**(14 - x / kDepth) within a relative 8e-5 and half a step; x at least kDepth.
+W probability(W x) {
+  const W fraction = x << 3 & 0x7fff;
+  W p = words(-1278);  // a polynomial fitted on [0, 1], in units of 2**-15
+  for (const int c : {7539, -22643, 32766}) p = multiply_high(p, fraction) + words(c);
+  return (shift_right(p, x >> 12) + 1) >> 1;
 }
 
 // The two 16-bit values at p in every lane.
@@ -89,21 +81,19 @@ class Attention {
         pairs_((shape.head_channels + 1) / 2),
         words_(round_up(shape.head_channels, kLanes)),
         keys_(round_up(shape.keys, kBlock)),
-        stride_(keys_ + 32),  // not a power of two, whose rows would share few sets of the cache
-        rows_(round_up(shape.head_channels, std::max(kRows, kLanes))),
         limit_(std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (2 * pairs_))) - 1)) {}
 
   void run(const float* q, const float* k, const float* v, float* y, int threads) const {
     const int64_t heads = int64_t{shape_.batch} * shape_.heads;
     auto* keys = static_cast<int16_t*>(scratch(Slot::kKeys, heads * keys_ * words_ * sizeof(int16_t)));
     auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads * sizeof(float)));
-    auto* values = static_cast<int16_t*>(scratch(Slot::kValues, heads * rows_ * stride_ * sizeof(int16_t)));
-    auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads * rows_ * sizeof(float)));
+    auto* values = static_cast<int16_t*>(scratch(Slot::kValues, heads * keys_ * words_ * sizeof(int16_t)));
+    auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads * words_ * sizeof(float)));
     parallel_for(2 * heads, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / 2, start = offset(head, shape_.keys);
         if (i % 2) {
-          pack_values(v + start, values + head * rows_ * stride_, value_steps + head * rows_);
+          pack_values(v + start, values + head * keys_ * words_, value_steps + head * words_);
         } else {
           key_steps[head] = pack_keys(k + start, keys + head * keys_ * words_);
         }
@@ -117,10 +107,10 @@ class Attention {
         const int queries = static_cast<int>(std::min<int64_t>(kWide, shape_.queries - first));
         Tile tile(*this, queries, q + start, key_steps[head]);
         for (int64_t key = 0; key < shape_.keys; key += kBlock) {
-          tile.attend(keys + (head * keys_ + key) * words_, values + head * rows_ * stride_ + key,
-                      std::min(kBlock, shape_.keys - key));
+          const int64_t block = (head * keys_ + key) * words_;
+          tile.attend(keys + block, values + block, std::min(kBlock, shape_.keys - key));
         }
-        tile.finish(value_steps + head * rows_, y + start);
+        tile.finish(value_steps + head * words_, y + start);
       }
     });
   }
@@ -130,6 +120,9 @@ class Attention {
     return head / shape_.heads * tokens * channels_ + head % shape_.heads * shape_.head_channels;
   }
 
+  // kLanes channels from c on, those beyond the head zero.
+  F load_channels(const float* x, int64_t c) const { return load_some(x + c, lanes_left(shape_.head_channels, c)); }
+
   // Start to load a head's part of a token: they lie far apart.
   void fetch(const float* x) const {
     for (int64_t c = 0; c < shape_.head_channels; c += 16) __builtin_prefetch(x + c);
@@ -137,45 +130,40 @@ class Attention {
 
   // [keys][words]; returns the step.
   float pack_keys(const float* k, int16_t* keys) const {
-    float most = 0;
+    F most{};
     for (int64_t key = 0; key < shape_.keys; ++key) {
       fetch(k + (key + kAhead) * channels_);
-      most = std::max(most, largest_size(k + key * channels_, shape_.head_channels));
+      for (int64_t c = 0; c < words_; c += kLanes) most = largest_size(most, load_channels(k + key * channels_, c));
     }
-    const float scale = fixed_scale(most, limit_);
+    const F step = fixed_step(splat(largest(most)), limit_), scale = 1.0f / step;
     for (int64_t key = 0; key < shape_.keys; ++key) {
-      fix(k + key * channels_, shape_.head_channels, scale, keys + key * words_);
+      for (int64_t c = 0; c < words_; c += kLanes) {
+        store_words(keys + key * words_ + c, to_int(load_channels(k + key * channels_, c) * scale));
+      }
     }
-    std::fill(keys + shape_.keys * words_, keys + keys_ * words_, int16_t{0});
-    return 1 / scale;
+    std::fill(keys + shape_.keys * words_, keys + round_up(shape_.keys, kRows) * words_, int16_t{0});
+    return step[0];
   }
 
-  // [channels][stride], and a step per channel
+  // [blocks of keys][channels][keys of a block], and a step per channel
   void pack_values(const float* v, int16_t* values, float* steps) const {
-    for (int64_t c = 0; c < rows_; c += kLanes) {
-      const int count = lanes_left(shape_.head_channels, c);
+    for (int64_t c = 0; c < words_; c += kLanes) {
       F most{};
       for (int64_t key = 0; key < shape_.keys; ++key) {
         __builtin_prefetch(v + (key + kAhead) * channels_ + c);
-        const F value = load_some(v + key * channels_ + c, count);
-        most = max(most, max(value, -value));
+        most = largest_size(most, load_channels(v + key * channels_, c));
       }
-      const F step = most > splat(1e-30f) ? most * splat(1 / kValue) : splat(1.0f), scale = 1.0f / step;
+      const F step = fixed_step(most, kValue), scale = 1.0f / step;
       store(steps + c, step);
-      for (int64_t block = 0; block < keys_; block += kBlock) {
-        int32_t pairs[kBlock / 2][kLanes];
-        for (int64_t pair = 0; pair < kBlock / 2; ++pair) {
-          I both[2] = {};
-          for (int i = 0; i < 2; ++i) {
-            const int64_t key = block + 2 * pair + i;
-            if (key < shape_.keys) both[i] = to_int(load_some(v + key * channels_ + c, count) * scale);
-          }
-          store(pairs[pair], (both[0] & 0xffff) | (both[1] << 16));
-        }
-        for (int lane = 0; lane < kLanes; ++lane) {
-          int16_t* out = values + (c + lane) * stride_ + block;
-          for (int64_t pair = 0; pair < kBlock / 2; ++pair) std::memcpy(out + 2 * pair, &pairs[pair][lane], sizeof(int32_t));
-        }
+      for (int64_t key = 0; key < shape_.keys; key += 2 * kLanes) {
+        const auto value = [&](int64_t at) {
+          return at < shape_.keys ? to_int(load_channels(v + at * channels_, c) * scale) : I{};
+        };
+        I pairs[kLanes];
+        for (int i = 0; i < kLanes; ++i) pairs[i] = join(value(key + 2 * i), value(key + 2 * i + 1));
+        transpose(pairs);
+        int16_t* out = values + key / kBlock * kBlock * words_ + c * kBlock + key % kBlock;
+        for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(out + i * kBlock), pairs[i]);
       }
     }
   }
@@ -187,17 +175,30 @@ class Attention {
         : a_(attention),
           count_(queries),
           queries_(static_cast<int32_t*>(scratch(Slot::kQueries, a_.pairs_ * kWide * sizeof(int32_t)))),
-          mixed_(static_cast<float*>(scratch(Slot::kMixed, a_.rows_ * kWide * sizeof(float)))) {
+          mixed_(static_cast<float*>(scratch(Slot::kMixed, a_.words_ * kWide * sizeof(float)))) {
       for (int i = 0; i < queries; ++i) a_.fetch(q + i * a_.channels_);
-      std::fill(mixed_, mixed_ + a_.rows_ * kWide, 0.0f);
-      auto* words = static_cast<int16_t*>(scratch(Slot::kRows, a_.words_ * sizeof(int16_t)));
-      for (int i = 0; i < kWide; ++i) {
-        const float* row = q + std::min(i, queries - 1) * a_.channels_;  // a short tile repeats its last query
-        const float scale = fixed_scale(largest_size(row, a_.shape_.head_channels), a_.limit_);
-        steps_[i / kLanes][i % kLanes] = a_.shape_.scale * 1.44269504f * key_step / scale;  // logarithms to base 2
-        fix(row, a_.shape_.head_channels, scale, words);
+      std::fill(mixed_, mixed_ + a_.words_ * kWide, 0.0f);
+      auto* rows = static_cast<float*>(scratch(Slot::kRows, a_.words_ * kLanes * sizeof(float)));
+      for (int half = 0; half < 2; ++half) {
+        F most{};
+        for (int64_t c = 0; c < a_.words_; c += kLanes) {
+          I x[kLanes];
+          for (int i = 0; i < kLanes; ++i) {  // a short tile repeats its last query
+            x[i] = (I)a_.load_channels(q + std::min(half * kLanes + i, queries - 1) * a_.channels_, c);
+          }
+          transpose(x);
+          for (int i = 0; i < kLanes; ++i) {
+            most = largest_size(most, (F)x[i]);
+            store(rows + (c + i) * kLanes, (F)x[i]);
+          }
+        }
+        const F step = fixed_step(most, a_.limit_), scale = 1.0f / step;
+        // logarithms to base 2; bounded, so that every difference has a depth, where they show little but rounding
+        steps_[half] = min(step * splat(a_.shape_.scale * 1.44269504f * key_step), splat(0x1p-14f));
         for (int64_t pair = 0; pair < a_.pairs_; ++pair) {
-          std::memcpy(queries_ + pair * kWide + i, words + 2 * pair, sizeof(int32_t));
+          const float* both = rows + 2 * pair * kLanes;
+          const I words = join(to_int(load(both) * scale), to_int(load(both + kLanes) * scale));
+          store(queries_ + pair * kWide + half * kLanes, words);
         }
       }
     }
@@ -217,51 +218,59 @@ class Attention {
       for (int half = 0; half < 2; ++half) {
         correction[half] = exp2((to_float(most_[half]) - to_float(most[half])) * steps_[half]);
         most_[half] = most[half];
-        const I total = exponentiate(logits + half * kLanes, count, half, probabilities + half * kLanes);
-        total_[half] = total_[half] * correction[half] + to_float(total);
+        total_[half] *= correction[half];
       }
+      exponentiate(logits, count, probabilities);
       mix(values, probabilities, (count + 1) / 2, correction);
     }
 
     void finish(const float* value_steps, float* y) const {
-      const F inverse[2] = {1.0f / total_[0], 1.0f / total_[1]};
-      for (int64_t c = 0; c < a_.shape_.head_channels; ++c) {
-        for (int half = 0; half < 2; ++half) {
-          const F value = load(mixed_ + c * kWide + half * kLanes) * inverse[half] * splat(value_steps[c]);
-          store(mixed_ + c * kWide + half * kLanes, value);
+      for (int half = 0; half < 2; ++half) {
+        const F inverse = 1.0f / total_[half];
+        for (int64_t c = 0; c < a_.words_; c += kLanes) {
+          I x[kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            x[i] = (I)(load(mixed_ + (c + i) * kWide + half * kLanes) * inverse * splat(value_steps[c + i]));
+          }
+          transpose(x);
+          for (int i = 0; i < std::min(kLanes, count_ - half * kLanes); ++i) {
+            store_some(y + (half * kLanes + i) * a_.channels_ + c, (F)x[i], lanes_left(a_.shape_.head_channels, c));
+          }
         }
-      }
-      for (int i = 0; i < count_; ++i) {
-        for (int64_t c = 0; c < a_.shape_.head_channels; ++c) y[i * a_.channels_ + c] = mixed_[c * kWide + i];
       }
     }
 
    private:
-    // Logits [count][kWide] to probabilities [count / 2][kWide] of two keys; returns their sums.
-    I exponentiate(const int32_t* logits, int64_t count, int half, int32_t* probabilities) const {
-      const F step = steps_[half], shift = splat(float{kProbabilityBits}) - to_float(most_[half]) * step;
-      const auto probability = [&](int64_t key) {
-        return to_int(rough_exp2(max(to_float(load(logits + key * kWide)) * step + shift, splat(-8.0f))));
+    // Logits [count][kWide] to probabilities [count / 2][kWide] of two keys; adds their sums to the totals.
+    void exponentiate(const int32_t* logits, int64_t count, int32_t* probabilities) {
+      F step[2], origin[2];
+      for (int half = 0; half < 2; ++half) {
+        step[half] = steps_[half] * splat(-kDepth);
+        origin[half] = splat(kDepth) - to_float(most_[half]) * step[half];
+      }
+      const auto probabilities_of = [&](int64_t key) {
+        I depth[2];
+        for (int half = 0; half < 2; ++half) {
+          depth[half] = to_int(to_float(load(logits + key * kWide + half * kLanes)) * step[half] + origin[half]);
+        }
+        return probability(to_words(depth[0], depth[1]));
       };
-      I total{};
-      int64_t key = 0;
-      for (; key + 1 < count; key += 2) {
-        const I even = probability(key), odd = probability(key + 1);
-        total += even + odd;
-        store(probabilities + key / 2 * kWide, even | (odd << 16));
+      I total[2] = {};
+      for (int64_t key = 0; key < count; key += 2, probabilities += kWide) {
+        const W even = probabilities_of(key), odd = key + 1 < count ? probabilities_of(key + 1) : W{};
+        const I pairs[2] = {low_pairs(even, odd), high_pairs(even, odd)};
+        for (int half = 0; half < 2; ++half) {
+          total[half] = dot2(total[half], pairs[half], splat(0x00010001));
+          store(probabilities + half * kLanes, pairs[half]);
+        }
       }
-      if (key < count) {
-        const I even = probability(key);
-        total += even;
-        store(probabilities + key / 2 * kWide, even);
-      }
-      return total;
+      for (int half = 0; half < 2; ++half) total_[half] += to_float(total[half]);
     }
 
     // mixed = correction * mixed + values . probabilities
     void mix(const int16_t* values, const int32_t* probabilities, int64_t pairs, const F (&correction)[2]) {
       for (int64_t c = 0; c < a_.shape_.head_channels; c += kRows) {
-        multiply(values + c * a_.stride_, a_.stride_, probabilities, pairs, [&](int r, int half, I sums) {
+        multiply(values + c * kBlock, kBlock, probabilities, pairs, [&](int r, int half, I sums) {
           float* mixed = mixed_ + (c + r) * kWide + half * kLanes;
           store(mixed, load(mixed) * correction[half] + to_float(sums));
         });
@@ -278,7 +287,7 @@ class Attention {
   };
 
   const bitstep_attention_shape& shape_;
-  int64_t channels_, pairs_, words_, keys_, stride_, rows_;
+  int64_t channels_, pairs_, words_, keys_;
   float limit_;
 };
 

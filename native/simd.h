@@ -23,6 +23,7 @@ constexpr int kLanes = 8;
 
 typedef float F __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t W __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
 inline F splat(float x) { return x - F{}; }
 inline I splat(int32_t x) { return x - I{}; }
@@ -58,6 +59,17 @@ inline float sum(F x);
 inline float largest(F x);
 // Lanes in the range of int16.
 inline void store_words(int16_t* p, I x);
+// The lanes of a and b as words, saturated to 0..65535, in an order that pairs know.
+inline W to_words(I a, I b);
+// For the lanes of to_words's a (low_pairs) or b (high_pairs), the words of two vectors next to each other.
+inline I low_pairs(W even, W odd);
+inline I high_pairs(W even, W odd);
+// a * b / 2**15 of signed words, rounded.
+inline W multiply_high(W a, W b);
+// x / 2**n, rounded down.
+inline W shift_right(W x, W n);
+// Lane n of the result is lane index[n] of a and b side by side.
+inline I pick(I a, I b, I index);
 // acc + sum over the two int16 of each lane of a * w.
 inline I dot2(I acc, I a, I w);
 // acc + sum over the four bytes of each lane of a (unsigned) * w (signed), exactly.
@@ -89,6 +101,12 @@ inline I dot2(I acc, I a, I w) { return (I)_mm512_dpwssd_epi32((__m512i)acc, (__
 inline void store_words(int16_t* p, I x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
 }
+inline W to_words(I a, I b) { return (W)_mm512_packus_epi32((__m512i)a, (__m512i)b); }
+inline I low_pairs(W even, W odd) { return (I)_mm512_unpacklo_epi16((__m512i)even, (__m512i)odd); }
+inline I high_pairs(W even, W odd) { return (I)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
+inline W multiply_high(W a, W b) { return (W)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }
+inline W shift_right(W x, W n) { return x >> n; }
+inline I pick(I a, I b, I index) { return (I)_mm512_permutex2var_epi32((__m512i)a, (__m512i)index, (__m512i)b); }
 
 #elif defined(BITSTEP_avx2)
 
@@ -136,6 +154,21 @@ inline void store_words(int16_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
 }
+inline W to_words(I a, I b) { return (W)_mm256_packus_epi32((__m256i)a, (__m256i)b); }
+inline I low_pairs(W even, W odd) { return (I)_mm256_unpacklo_epi16((__m256i)even, (__m256i)odd); }
+inline I high_pairs(W even, W odd) { return (I)_mm256_unpackhi_epi16((__m256i)even, (__m256i)odd); }
+inline W multiply_high(W a, W b) { return (W)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
+inline W shift_right(W x, W n) {  // only lanes of 32 bits have shifts of their own
+  const __m256i value = (__m256i)x, count = (__m256i)n, low = _mm256_set1_epi32(0xffff);
+  const __m256i even = _mm256_srlv_epi32(_mm256_and_si256(value, low), _mm256_and_si256(count, low));
+  const __m256i odd = _mm256_srlv_epi32(value, _mm256_srli_epi32(count, 16));
+  return (W)_mm256_blend_epi16(even, odd, 0xaa);
+}
+inline I pick(I a, I b, I index) {
+  const __m256i at = (__m256i)index;
+  const __m256i low = _mm256_permutevar8x32_epi32((__m256i)a, at), high = _mm256_permutevar8x32_epi32((__m256i)b, at);
+  return (I)_mm256_blendv_epi8(low, high, _mm256_cmpgt_epi32(at, _mm256_set1_epi32(kLanes - 1)));
+}
 
 #else
 
@@ -181,11 +214,60 @@ inline I dot2(I acc, I a, I w) { return acc + (a << 16 >> 16) * (w << 16 >> 16) 
 inline void store_words(int16_t* p, I x) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(x[i]);
 }
+inline W to_words(I a, I b) {
+  W x;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = static_cast<uint16_t>(a[i] < 0 ? 0 : a[i] > 65535 ? 65535 : a[i]);
+    x[kLanes + i] = static_cast<uint16_t>(b[i] < 0 ? 0 : b[i] > 65535 ? 65535 : b[i]);
+  }
+  return x;
+}
+inline I low_pairs(W even, W odd) {
+  I x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<int32_t>(even[i] | uint32_t{odd[i]} << 16);
+  return x;
+}
+inline I high_pairs(W even, W odd) {
+  I x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<int32_t>(even[kLanes + i] | uint32_t{odd[kLanes + i]} << 16);
+  return x;
+}
+inline W multiply_high(W a, W b) {
+  W x;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    x[i] = static_cast<uint16_t>((static_cast<int16_t>(a[i]) * static_cast<int16_t>(b[i]) + (1 << 14)) >> 15);
+  }
+  return x;
+}
+inline W shift_right(W x, W n) { return x >> n; }
+inline I pick(I a, I b, I index) {
+  I x;
+  for (int i = 0; i < kLanes; ++i) x[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return x;
+}
 
 #endif
 
 inline F load_some(const float* p, int count) { return count == kLanes ? load(p) : load(p, count); }
 inline void store_some(float* p, F x, int count) { count == kLanes ? store(p, x) : store(p, x, count); }
+
+// Lane i of vector j becomes lane j of vector i.
+template <int Size = kLanes / 2>
+inline void transpose(I (&x)[kLanes]) {
+  // blocks of Size x Size change places across the diagonal
+  I low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & Size ? i - Size + kLanes : i;
+    high[i] = i & Size ? i + kLanes : i + Size;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Size) continue;
+    const I a = x[i], b = x[i + Size];
+    x[i] = pick(a, b, low);
+    x[i + Size] = pick(a, b, high);
+  }
+  if constexpr (Size > 1) transpose<Size / 2>(x);
+}
 
 // x with another value from lane `count` on.
 inline F fill_from(F x, int count, float value) {

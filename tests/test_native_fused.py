@@ -200,6 +200,12 @@ def test_attention_is_finer_than_bfloat16(queries: int, keys: int, heads: int, c
     assert (y - expected).norm() < 2**-9 * expected.norm()
 
 
+def test_attention_to_a_key_far_above_the_others() -> None:
+    q = k = 5000 * torch.eye(17)[None]
+    v = torch.randn(1, 17, 17)
+    torch.testing.assert_close(attention(q, k, v, 1), v, rtol=0, atol=1e-3 * float(v.abs().max()))
+
+
 def test_a_hook_inside_sees_its_layer() -> None:
     block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
     model = packed(nn.Sequential(block))
