@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.runtime.reference import in_float
 
 Activation = Literal["none", "silu", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -28,7 +29,8 @@ class CpuKernel(Kernel):
     """Integer arithmetic on packed weights: AVX512, AVX2 or portable code, chosen when the library loads.
 
     Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
-    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI.
+    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI. A layer with
+    floating-point activations is left to torch, and gives a channels-last map, as the layers beside it want it.
     """
 
     name = "cpu"
@@ -40,7 +42,7 @@ class CpuKernel(Kernel):
         if native.library() is None:
             wrong.append("the native library is not built (install a C++ compiler and reinstall bitstep)")
         if problem.activation_bits is None:
-            wrong.append("activations are floating point")
+            return wrong
         if problem.groups != 1:
             wrong.append("grouped convolution")
         if problem.weight_bits == 8 and not problem.symmetric:
@@ -50,6 +52,8 @@ class CpuKernel(Kernel):
         return wrong
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
+        if problem.activation_bits is None:
+            return in_float(problem, tensors, channels_last=True)
         return Convolution(problem, tensors)
 
 

@@ -59,10 +59,7 @@ class OneDnnKernel(Kernel):
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         bits = problem.activation_bits
         if bits is None:
-            weight = tensors.weight.dequantize()
-            if weight.ndim == 4:
-                weight = weight.contiguous(memory_format=torch.channels_last)
-            return in_float(problem, tensors, weight)
+            return in_float(problem, tensors, channels_last=True)
         reciprocal = align_channels(tensors.channel_reciprocal, problem)
         multiply = _linear(tensors) if problem.op == "linear" else _convolution(problem, tensors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +23,14 @@ class ReferenceKernel(Kernel):
         return []
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
-        return in_float(problem, tensors, tensors.weight.dequantize())
+        return in_float(problem, tensors)
 
 
-def in_float(problem: Problem, tensors: LayerTensors, weight: Tensor) -> Forward:
-    """The problem in floating point, with the layer's ``weight`` dequantized."""
-    bias, bits = tensors.bias, problem.activation_bits
+def in_float(problem: Problem, tensors: LayerTensors, *, channels_last: bool = False) -> Forward:
+    """The problem in floating point; ``channels_last`` says how a map that comes out shall lie."""
+    weight, bias, bits = tensors.weight.dequantize(), tensors.bias, problem.activation_bits
+    if channels_last and weight.ndim == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
     reciprocal = align_channels(tensors.channel_reciprocal, problem)
     operation = _operation(problem)
 
