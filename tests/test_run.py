@@ -150,9 +150,35 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
             out=tmp_path / "rule",
             **tiny("minmax", overrides=[*TINY, "layers.rules=[{match: nope}]"]),
         )
-    assert not (tmp_path / "rule").exists()
+    with pytest.raises(BitstepError, match="does not exist"):
+        run.quantize("nowhere", out=tmp_path / "source", **tiny("minmax"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple")
+    with pytest.raises(UsageError, match="takes no prompts"):
+        run.quantize(teacher, out=tmp_path / "prompts", prompts=prompts, **tiny("minmax"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "prompts.txt"]
     run.quantize(teacher, out=occupied, overwrite=True, **tiny("minmax"))
     assert not (occupied / "precious.txt").exists()
+
+
+def test_what_is_packed_already_is_refused(packed_pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="packed already"):
+        run.quantize(packed_pipeline, out=tmp_path / "out", **tiny("minmax"))
+
+
+def test_a_typo_in_a_rule_is_found_before_anything_runs(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "record", pytest.fail)
+    overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear}]"]
+    with pytest.raises(UsageError, match="matches no layer"):
+        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax", overrides=overrides))
+
+
+def test_a_method_without_training_shows_no_training(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run.quantize(teacher, out=tmp_path / "out", progress=True, **tiny("minmax"))
+    assert "fine-tune" not in capsys.readouterr().err
+    assert not (out / "run" / run.LOSS).exists()
 
 
 def test_a_full_disk_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -125,6 +125,12 @@ def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path) -> None:
         api.sample("a source that does not exist", out=tmp_path / "images.gif")
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        api.sample("a source that does not exist", out=tmp_path / "file" / "images.png")
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

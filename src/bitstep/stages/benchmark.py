@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitstep.calls import Pool, run
 from bitstep.errors import BitstepError, UsageError
-from bitstep.runtime.dispatch import kernels_in_use, set_backend
+from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.stages.calibrate import record
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import load
@@ -58,6 +58,8 @@ def benchmark(
     """
     if unknown := set(against) - DTYPES.keys():
         raise UsageError(f"unknown precision {min(unknown)}: expected some of {', '.join(DTYPES)}")
+    if backend is not None:
+        named(backend)
     source = load(directory)
     packed_manifest(source)
     component = str(component_folder(source))

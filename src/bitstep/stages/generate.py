@@ -44,8 +44,8 @@ def read_prompts(path: str | Path | None) -> list[str] | None:
         return None
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise UsageError(f"cannot read prompts {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts {path}: {getattr(error, 'strerror', None) or error}") from error
     if not any(lines):
         raise UsageError(f"{path} holds no prompts: expected one a line")
     return [line for line in lines if line]

@@ -71,6 +71,9 @@ def check_path(path: Path) -> Path:
     """``path``, if :func:`save` can write such a file; UsageError if not."""
     if path.suffix not in (".png", ".npz"):
         raise UsageError(f"cannot write images to {path}: expected a name that ends in .png or .npz")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"cannot write images to {path}: {above} is a file")
     return path
 
 
