@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from packed import some_bits
 from pipelines import build
+from safetensors import SafetensorError
 
 import bitstep
 from bitstep import run
@@ -181,14 +182,22 @@ def test_a_method_without_training_shows_no_training(
     assert not (out / "run" / run.LOSS).exists()
 
 
-def test_a_full_disk_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [(OSError(28, "No space left on device", "weights"), "weights"), (SafetensorError("No space left on device"), "")],
+)
+def test_a_full_disk_is_one_clear_line(
+    error: Exception, place: str, teacher: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", "weights")
+        raise error
 
-    monkeypatch.setattr(run, "_pack", full)
-    with pytest.raises(BitstepError, match="cannot write weights: No space left on device"):
-        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_pack", full)
+        with pytest.raises(BitstepError, match=f"cannot write .*{place}.*: No space left on device; --resume"):
+            run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
     assert not (tmp_path / "out").exists()
+    assert run.quantize(teacher, out=tmp_path / "out", resume=True, **tiny("minmax")).exists()
 
 
 def test_a_teacher_with_nan_is_refused(tmp_path: Path) -> None:

@@ -114,8 +114,9 @@ def quantize(
         torch.manual_seed(seed)
         student = _fit(loaded, resolved, work, seed, texts, data, report)
         _pack(loaded, student, resolved, work, out, report)
-    except OSError as error:
-        raise BitstepError(f"cannot write {error.filename or work}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        place, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
+        raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
         if work.exists() and not (work / POOL / INDEX).exists():
             shutil.rmtree(work)  # nothing was recorded: nothing to go on with
