@@ -279,7 +279,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("bitstep: error:", " ".join(message.split()), file=sys.stderr)
+    if message:  # `bitstep` alone is a usage error without one: the help has been shown
+        print("bitstep: error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

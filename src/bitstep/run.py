@@ -141,10 +141,9 @@ def _fit(
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
     }
-    amount: dict[str, Any] = {"images": calibration.images, "batch_size": calibration.batch_size}
-    teacher = source.denoiser
-    device = next(teacher.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=calibration.bf16), report.bar("record trajectories") as update:
+    teacher, batch_size, bf16 = source.denoiser, calibration.batch_size, calibration.bf16
+    amount: dict[str, Any] = {"images": calibration.images, "batch_size": batch_size, "bf16": bf16}
+    with report.bar("record trajectories") as update:
         pool = record(source, work / POOL, progress=update, **amount, **sampling)
     with report.bar("calibrate activation ranges") as update:
         student = prepare(
@@ -164,8 +163,9 @@ def _fit(
 
     @lru_cache(maxsize=1)
     def streamed(number: int) -> Pool:
-        batch = calibration.batch_size
-        return next(stream(source, images=(number + 1) * batch, batch_size=batch, first_batch=number, **sampling))
+        images = (number + 1) * batch_size
+        batches = stream(source, images=images, batch_size=batch_size, bf16=bf16, first_batch=number, **sampling)
+        return next(batches)
 
     context = Context(
         teacher=teacher,

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from bitstep.calls import wrapped_step
+from bitstep.calls import wrapped
 from bitstep.errors import BitstepError, UsageError
 from bitstep.randomness import generator
 
@@ -138,7 +138,7 @@ def generate_batch(
             if missing
             else f"cannot run {name}: it takes no generator or number of inference steps"
         )
-    with wrapped_step(pipeline.scheduler, lambda step: _seeded(step, generators, sampling.get("eta"))):
+    with wrapped(pipeline.scheduler, "step", lambda step: _seeded(step, generators, sampling.get("eta"))):
         return _as_tensor(pipeline(**arguments)[0])
 
 
