@@ -118,8 +118,8 @@ def quantize(
         place, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
-        if work.exists() and not (work / POOL / INDEX).exists():
-            shutil.rmtree(work)  # nothing was recorded: nothing to go on with
+        if not (work / POOL / INDEX).exists():
+            shutil.rmtree(work, ignore_errors=True)  # nothing was recorded: nothing to go on with
     return out
 
 

@@ -34,9 +34,9 @@ def record(
     a folder that holds calls recorded with other settings.
     """
     given = {name: value for name, value in sampling.items() if value is not None}
-    plan = (
-        {"source": source.name, "images": images, "batch_size": batch_size} | given | ({"bf16": True} if bf16 else {})
-    )
+    plan = {"source": source.name, "images": images, "batch_size": batch_size} | given
+    if bf16:
+        plan["bf16"] = True
     writer = PoolWriter(folder, plan, _train_timesteps(source))
     for numbers in batches(images, batch_size)[len(writer) :]:
         if progress:
