@@ -234,6 +234,21 @@ def test_the_mimicking_basis_is_that_of_all_features_at_once() -> None:
     torch.testing.assert_close(basis @ basis.T, projector, rtol=1e-4, atol=1e-5)
 
 
+def test_of_blocks_that_return_text_and_sample_the_sample_is_mimicked() -> None:
+    _, context, _ = prepared("sd3")
+    loss = unit_of(context, Mimicking()).loss(0)  # the text that SD3's last block returns is None
+    loss.backward()
+    name = "transformer_blocks.0"
+    gram = feature_grams(context, [name])[name]
+    found: list[Any] = []
+    handle = context.teacher.get_submodule(name).register_forward_hook(lambda _, args, output: found.append(output))
+    call_denoiser(context.teacher, context.batch(context.pool, torch.arange(len(context.pool)))[0])
+    handle.remove()
+    _, sample = found[0]
+    rows = sample.flatten(0, 1).double()
+    torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
 def test_mimicking_adds_the_distance_of_projected_features() -> None:
     """At full rank a projection is a rotation: the term is the plain distance of features; at low rank it is less."""
     _, context, _ = prepared()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None
         assert torch.equal(call.arguments["sample"], stored.arguments["sample"])
         assert torch.equal(call.timestep, stored.timestep)
         assert torch.equal(output, target)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's own, of RMSNorm
+@pytest.mark.parametrize("name", BUILDERS)
+def test_only_the_denoiser_computes_in_bfloat16(name: str) -> None:
+    settings: dict[str, Any] = {"images": 2, "batch_size": 2, "steps": 2, "seed": 0}
+    whole, half = (next(stream(source(name), bf16=bf16, **settings)) for bf16 in (False, True))
+    first = [0, 1]  # the first call of the denoiser: all that it is given comes from the rest of the pipeline
+    (call, output), (half_call, half_output) = whole.batch(first), half.batch(first)
+    given: dict[str, torch.Tensor] = {}
+    call.map(lambda path, tensor: given.setdefault(path, tensor))
+    half_call.map(lambda path, tensor: torch.testing.assert_close(tensor, given[path], rtol=0, atol=0) or tensor)
+    assert 0 < (half_output - output).norm() < 0.1 * output.norm()
+    assert half.batch([2, 3])[0].arguments.keys() == call.arguments.keys()
 
 
 @pytest.mark.parametrize("name", BUILDERS)

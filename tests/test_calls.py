@@ -10,7 +10,7 @@ import torch
 from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
-from bitstep.calls import Call, Pool, PoolWriter, Recorder, Shard, fit_guidance, run, wrapped_step
+from bitstep.calls import Call, Pool, PoolWriter, Recorder, Shard, fit_guidance, run, wrapped
 from bitstep.errors import BitstepError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import denoiser_name, generate_batch
@@ -212,7 +212,7 @@ def test_calls_that_cannot_be_recorded_are_clear_errors() -> None:
 def test_the_scheduler_is_left_as_it_was() -> None:
     scheduler = build("ddim").scheduler
     before = inspect.signature(scheduler.step)
-    with wrapped_step(scheduler, lambda step: lambda *args: step(*args)):
+    with wrapped(scheduler, "step", lambda step: lambda *args: step(*args)):
         assert "step" in vars(scheduler)
         assert inspect.signature(scheduler.step) == before  # pipelines look for eta and generator in it
     assert "step" not in vars(scheduler)

@@ -117,6 +117,7 @@ def test_demo_shows_both_recipes(
         (["sample", "nowhere", "--out", "a.png"], 1, "nowhere does not exist"),
         (["sample", "demo:fruits32", "--prompts", "none.txt", "--out", "a.png"], 2, "cannot read prompts none.txt"),
         (["benchmark", "folder", "fp32"], 2, "unexpected argument 'fp32'"),
+        (["benchmark", "folder", "--backend", "abacus"], 2, "no backend named 'abacus'"),
         (["quantize", "demo:fruits32", "--recipe", "efficentdm", "--out", "out"], 2, "efficientdm"),
         (["quantize", "demo:fruits32", "--bits", "W9A4", "--out", "out"], 2, "W9A4"),
         (["quantize", "demo:fruits32", "--set", "trainig.0.iterations=3", "--out", "out"], 2, "trainig"),
@@ -131,6 +132,12 @@ def test_errors_are_one_line(
     assert len(outcome.err.splitlines()) == 1
     assert message in errors(outcome)[0]
     assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_without_a_command_the_help_is_shown(bitstep: Run) -> None:
+    outcome = bitstep()
+    assert (outcome.code, outcome.err) == (2, "")
+    assert "quantize" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,8 @@ def test_bad_input(plain_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(BitstepError, match="expected a TorchScript network"):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "text.pt")
+    save(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), tmp_path / "real.npz")
+    with pytest.raises(UsageError, match="add --features"):
+        api.evaluate(plain_pipeline, against=tmp_path / "real.npz")
     with pytest.raises(UsageError, match="--tile"):
         api.evaluate(plain_pipeline, against=plain_pipeline, tile=32)

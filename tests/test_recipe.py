@@ -45,6 +45,37 @@ def test_a_file_mixes_slots(tmp_path: Path) -> None:
     assert method.layers.rules[0].weight_bits == 8
 
 
+def test_a_file_has_the_last_word_over_the_effort_of_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: efficientdm\ncalibration: {images: 7}\nefforts: {quick: {weights.rank: 3}}\n")
+    quick = resolve(path, "W4A4", "quick").method
+    short = resolve("efficientdm", "W4A4", "quick").method
+    assert quick.calibration.images == 7
+    assert quick.weights == UniformWeights(rank=3)
+    assert quick.training == short.training
+    assert resolve(path, "W4A4", "standard").method.weights == UniformWeights(rank=32)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: [a]", "unknown recipe"),
+        ("base: efficientdm\nweigths: {rank: 4}", "did you mean 'weights'"),
+        ("base: efficientdm\nefforts: 4", "efforts: expected full"),
+        ("base: efficientdm\nefforts: {full: 4}", "efforts: expected full"),
+        ("base: [", "cannot read recipe"),
+        ("- a", "no mapping of slots"),
+        ("\udcff", "cannot read recipe"),
+    ],
+)
+def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(path, "W4A4")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("recipe", "bits", "overrides", "message"),
     [
@@ -59,6 +90,8 @@ def test_a_file_mixes_slots(tmp_path: Path) -> None:
         ("efficientdm", "W4A4", ["training.7.iterations=3"], "below 1"),
         ("efficientdm", "W4A4", ["training.0.objective.kind=trajectry"], "did you mean 'trajectory'"),
         ("efficientdm", "W4A4", ["weights.rank"], "slot.key=value"),
+        ("efficientdm", "W4A4", ["weights.rank=[1"], "expected YAML"),
+        ("efficientdm", "W4A4", ["weights.rank.x=1"], "'weights.rank' is a single value"),
         ("nowhere.yaml", "W4A4", [], "cannot read recipe"),
     ],
 )

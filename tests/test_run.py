@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from packed import some_bits
 from pipelines import build
+from safetensors import SafetensorError
 
 import bitstep
 from bitstep import run
@@ -150,19 +151,53 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
             out=tmp_path / "rule",
             **tiny("minmax", overrides=[*TINY, "layers.rules=[{match: nope}]"]),
         )
-    assert not (tmp_path / "rule").exists()
+    with pytest.raises(BitstepError, match="does not exist"):
+        run.quantize("nowhere", out=tmp_path / "source", **tiny("minmax"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple")
+    with pytest.raises(UsageError, match="takes no prompts"):
+        run.quantize(teacher, out=tmp_path / "prompts", prompts=prompts, **tiny("minmax"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "prompts.txt"]
     run.quantize(teacher, out=occupied, overwrite=True, **tiny("minmax"))
     assert not (occupied / "precious.txt").exists()
 
 
-def test_a_full_disk_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", "weights")
+def test_what_is_packed_already_is_refused(packed_pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="packed already"):
+        run.quantize(packed_pipeline, out=tmp_path / "out", **tiny("minmax"))
 
-    monkeypatch.setattr(run, "_pack", full)
-    with pytest.raises(BitstepError, match="cannot write weights: No space left on device"):
-        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+
+def test_a_typo_in_a_rule_is_found_before_anything_runs(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "record", pytest.fail)
+    overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear}]"]
+    with pytest.raises(UsageError, match="matches no layer"):
+        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax", overrides=overrides))
+
+
+def test_a_method_without_training_shows_no_training(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run.quantize(teacher, out=tmp_path / "out", progress=True, **tiny("minmax"))
+    assert "fine-tune" not in capsys.readouterr().err
+    assert not (out / "run" / run.LOSS).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [(OSError(28, "No space left on device", "weights"), "weights"), (SafetensorError("No space left on device"), "")],
+)
+def test_a_full_disk_is_one_clear_line(
+    error: Exception, place: str, teacher: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_pack", full)
+        with pytest.raises(BitstepError, match=f"cannot write .*{place}.*: No space left on device; --resume"):
+            run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
     assert not (tmp_path / "out").exists()
+    assert run.quantize(teacher, out=tmp_path / "out", resume=True, **tiny("minmax")).exists()
 
 
 def test_a_teacher_with_nan_is_refused(tmp_path: Path) -> None:

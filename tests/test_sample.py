@@ -90,6 +90,8 @@ def test_npz_round_trip(tmp_path: Path) -> None:
     images = numbered(4)
     save(images, tmp_path / "deep" / "images.npz")
     assert torch.equal(read(tmp_path / "deep" / "images.npz"), images)
+    with pytest.raises(UsageError, match="leave --tile out"):
+        read(tmp_path / "deep" / "images.npz", tile=2)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["images.npz"]
 
 
@@ -109,7 +111,7 @@ def test_pictures_of_different_sizes_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"not an archive", None])
+@pytest.mark.parametrize("content", [b"not an archive", b"PK\x03\x04 cut off", None])
 def test_a_damaged_npz_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "images.npz"
     if content is None:
@@ -123,6 +125,12 @@ def test_a_damaged_npz_is_refused(tmp_path: Path, content: bytes | None) -> None
 def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.png or \.npz"):
         api.sample("a source that does not exist", out=tmp_path / "images.gif")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        api.sample("a source that does not exist", out=tmp_path / "file" / "images.png")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class Recorder:
     def __enter__(self) -> Self:
         handle = self._denoiser.register_forward_hook(self._called, with_kwargs=True)
         self._exit.callback(handle.remove)
-        self._exit.enter_context(wrapped_step(self._scheduler, self._watch))
+        self._exit.enter_context(wrapped(self._scheduler, "step", self._watch))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,15 +187,19 @@ class Recorder:
 
         Length alone does not tell (position ids of 16 tokens in a batch of 16).
         """
-        leaves, output = self._leaves[0], self._outputs[0]
+        leaves = self._leaves[0]
         device = next(self._denoiser.parameters()).device
+
+        def computed(tensors: dict[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                return run(self._denoiser, Call(_rebuild(self._skeleton, tensors)).to(device)).cpu()
+
+        output = computed(leaves)  # once more: the recorded one may have been computed in another precision
         candidates = [n for n, tensor in leaves.items() if tensor.ndim and len(tensor) == len(output)]
         for dropped in range(len(candidates) if len(output) > 1 else 1):
             for batched in itertools.combinations(candidates, len(candidates) - dropped):
-                row = {n: tensor[-1:] if n in batched else tensor for n, tensor in leaves.items()}
                 try:
-                    with torch.no_grad():
-                        alone = run(self._denoiser, Call(_rebuild(self._skeleton, row)).to(device)).cpu()
+                    alone = computed({n: tensor[-1:] if n in batched else tensor for n, tensor in leaves.items()})
                 except (RuntimeError, ValueError, IndexError):
                     continue  # the shapes do not fit together: this was not the batch dimension
                 error = (alone - output[-1:]).float().norm() / output[-1:].float().norm().clamp(min=1e-12)
@@ -345,17 +349,17 @@ def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
 
 
 @contextmanager
-def wrapped_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace ``scheduler.step`` by ``wrap(scheduler.step)`` for a while; its signature stays visible."""
-    original, own = scheduler.step, "step" in vars(scheduler)
-    scheduler.step = functools.wraps(original)(wrap(original))
+def wrapped(owner: Any, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace ``owner.method`` by ``wrap(owner.method)`` for a while; its signature stays visible."""
+    original, own = getattr(owner, method), method in vars(owner)
+    setattr(owner, method, functools.wraps(original)(wrap(original)))
     try:
         yield
     finally:
         if own:
-            scheduler.step = original
+            setattr(owner, method, original)
         else:
-            del scheduler.step
+            delattr(owner, method)
 
 
 def _timestep_name(arguments: Mapping[str, Any]) -> str:

@@ -187,8 +187,8 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    _write(numbers, json_file)
     _print(numbers)
+    _write(numbers, json_file)
 
 
 @app.command()
@@ -226,9 +226,9 @@ def benchmark(
             device=device,
             progress=progress,
         )
-    _write(numbers, json_file)
     _print_rows(numbers["rows"])
     _print({f"layers run by {name}": count for name, count in numbers["kernels"].items()})
+    _write(numbers, json_file)
 
 
 @app.command()
@@ -273,7 +273,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def _explain(error: Exception) -> tuple[str, int]:
     """The one line that an error is worth, and its exit code."""
     if isinstance(error, typer.TyperException):
-        return error.format_message(), error.exit_code
+        return error.format_message().replace("Value error, ", ""), error.exit_code
     if isinstance(error, UsageError):
         return str(error), 2
     if isinstance(error, BitstepError):
@@ -284,15 +284,16 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("bitstep: error:", " ".join(message.split()), file=sys.stderr)
+    if message:  # `bitstep` alone is a usage error without one: the help has been shown
+        print("bitstep: error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
 def _quieten_libraries() -> None:
-    """Other people's warnings would drown the one line that matters."""
+    """Other people's warnings, and errors logged before they are raised, would drown the one line that matters."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
 
 

@@ -1,6 +1,7 @@
 """Recipes: a method's name or a YAML file, bits, effort and overrides -> one frozen, validated :class:`Recipe`.
 
-A YAML recipe starts from a method (``base:``) and changes slots, or names all of them:
+A YAML recipe starts from a method (``base:``) and changes slots, or names all of them. It has the last word over the
+method's settings for an effort, and may have ``efforts`` of its own:
 
     base: efficientdm
     weights: {rank: 16}
@@ -40,17 +41,19 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
 
     Raises UsageError naming what is unknown, with the nearest valid name.
     """
-    settings = _from_file(Path(recipe)) if str(recipe).endswith((".yaml", ".yml")) else _from_name(str(recipe))
     if effort not in get_args(Effort):
         raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
-    efforts = settings.get("efforts") or {}
-    for path, value in dict(efforts.get(effort) or {}).items():
-        _put(settings, path, value)
+    layers = _from_file(Path(recipe)) if str(recipe).endswith((".yaml", ".yml")) else [_from_name(str(recipe))]
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings = _merge(settings, layer)
+        for path, value in _settings_of(effort, layer).items():
+            _put(settings, path, value)
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals:
             raise UsageError(f"expected slot.key=value, got {override!r}")
-        _put(settings, path.strip(), yaml.safe_load(value))
+        _put(settings, path.strip(), _value(override, value))
     method = _validate(settings)
     weight_bits, activation_bits = parse_bits(bits)
     try:
@@ -73,26 +76,33 @@ def parse_bits(bits: str) -> tuple[float, int]:
     return weight, activation
 
 
-def _from_name(name: str) -> dict[str, Any]:
-    if name not in METHODS:
+def _from_name(name: Any) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in METHODS:
         raise UsageError(
-            f"unknown recipe {name!r}{nearest(name, METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
+            f"unknown recipe {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
         )
     settings: dict[str, Any] = METHODS[name].model_dump(mode="json")
     return settings
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path) -> list[dict[str, Any]]:
+    """The method that a file starts from, if any, and what the file says."""
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
-    settings: dict[str, Any] = _from_name(content.pop("base")) if "base" in content else {}
-    settings["name"] = content.pop("name", path.stem)
-    merged: dict[str, Any] = _merge(settings, content)
-    return merged
+    base = [_from_name(content.pop("base"))] if "base" in content else []
+    return [*base, {"name": path.stem, **content}]
+
+
+def _settings_of(effort: Effort, layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    efforts = layer.get("efforts") or {}
+    settings = (efforts.get(effort) or {}) if isinstance(efforts, Mapping) else None
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"recipe: efforts: expected {effort}: {{slot.key: value}}, got {efforts!r}")
+    return settings
 
 
 def _merge(base: Any, change: Any) -> Any:
@@ -113,8 +123,17 @@ def _put(settings: Any, path: str, value: Any) -> None:
     if isinstance(place, list):
         _enter(place, last, path)
         place[int(last)] = _merge(place[int(last)], value)
-    else:
+    elif isinstance(place, dict):
         place[last] = _merge(place.get(last), value)
+    else:
+        raise UsageError(f"cannot set {path!r}: {'.'.join(parents)!r} is a single value, without keys")
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"cannot read the value in {override!r}: expected YAML such as 3, true or [a, b]") from error
 
 
 def _enter(place: Any, key: str, path: str) -> Any:

@@ -33,13 +33,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitstep
-from bitstep.calls import Pool
+from bitstep.calls import INDEX, Pool
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, Effort
 from bitstep.numerics.dilation import summary
 from bitstep.recipe import Recipe, resolve
+from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import (
     TrainingState,
@@ -54,16 +55,17 @@ from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
+from bitstep.surgery import check_rules
 
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20
 """Added to the seed of the recorded trajectories, so that `evaluate` with the same seed sees noise of its own."""
 RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
-SENSITIVITY = "sensitivity.safetensors"
+POOL, SENSITIVITY = "pool", "sensitivity.safetensors"
 
 
 def quantize(
-    source: str,
+    source: str | Path,
     *,
     out: str | Path,
     recipe: str | Path = "efficientdm",
@@ -83,11 +85,13 @@ def quantize(
     A run that was killed goes on with ``resume`` and ends in the same bytes. Raises UsageError for input that cannot
     work and BitstepError for what fails on the way; ``out`` then does not exist.
     """
-    out = Path(out)
+    source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, overrides)
     texts = read_prompts(prompts)
     if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
         raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
+    if data is not None and not holds_images(Path(data)):
+        raise UsageError(f"{data} holds no images: expected a folder of pictures")
     identity = {
         "source": source,
         "seed": seed,
@@ -101,14 +105,21 @@ def quantize(
         return out
     report = _Report(progress)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load(source, device=device)
-    loaded.denoiser.requires_grad_(False).eval()
-    torch.manual_seed(seed)
     try:
+        loaded = load(source, device=device)
+        if dispatch.packed_layers(loaded.denoiser):
+            raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
+        check_rules(loaded.denoiser, resolved.method.layers.rules)
+        loaded.denoiser.requires_grad_(False).eval()
+        torch.manual_seed(seed)
         student = _fit(loaded, resolved, work, seed, texts, data, report)
         _pack(loaded, student, resolved, work, out, report)
-    except OSError as error:
-        raise BitstepError(f"cannot write {error.filename or work}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        place, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
+        raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
+    finally:
+        if not (work / POOL / INDEX).exists():
+            shutil.rmtree(work, ignore_errors=True)  # nothing was recorded: nothing to go on with
     return out
 
 
@@ -130,11 +141,10 @@ def _fit(
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
     }
-    amount: dict[str, Any] = {"images": calibration.images, "batch_size": calibration.batch_size}
-    teacher = source.denoiser
-    device = next(teacher.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=calibration.bf16), report.bar("record trajectories") as update:
-        pool = record(source, work / "pool", progress=update, **amount, **sampling)
+    teacher, batch_size, bf16 = source.denoiser, calibration.batch_size, calibration.bf16
+    amount: dict[str, Any] = {"images": calibration.images, "batch_size": batch_size, "bf16": bf16}
+    with report.bar("record trajectories") as update:
+        pool = record(source, work / POOL, progress=update, **amount, **sampling)
     with report.bar("calibrate activation ranges") as update:
         student = prepare(
             teacher,
@@ -153,8 +163,9 @@ def _fit(
 
     @lru_cache(maxsize=1)
     def streamed(number: int) -> Pool:
-        batch = calibration.batch_size
-        return next(stream(source, images=(number + 1) * batch, batch_size=batch, first_batch=number, **sampling))
+        images = (number + 1) * batch_size
+        batches = stream(source, images=images, batch_size=batch_size, bf16=bf16, first_batch=number, **sampling)
+        return next(batches)
 
     context = Context(
         teacher=teacher,
@@ -176,6 +187,8 @@ def _fit(
 
 def _train(context: Context, recipe: Recipe, work: Path, report: _Report) -> None:
     phases = recipe.method.training
+    if not phases:
+        return
     if any(phase.gradient_checkpointing for phase in phases):
         cast(ModelMixin, context.student).enable_gradient_checkpointing(context.cursor.checkpoint)
     state = _load_state(work / STATE, context)
@@ -371,8 +384,6 @@ class _Report:
 
 def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:
     """Pictures of the denoiser's size, or mosaics of such."""
-    if not holds_images(folder):
-        raise UsageError(f"{folder} holds no images: expected a folder of pictures")
     call, _ = pool.batch([0])
     sample = next(value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
     pixels = read(folder, tile=sample.shape[-1] * enlargement(source.pipeline))

@@ -7,7 +7,7 @@ rule that matches no layer is an error: a setting that silently does nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bitstep.errors import UsageError
-from bitstep.layers import FakeQuantized, refusal
+from bitstep.layers import QUANTIZABLE, FakeQuantized, refusal
 from bitstep.slots import Slot
 from bitstep.structure import Structure
 
@@ -130,7 +130,7 @@ def plan(
         if reason is None and coverage == "efficientdm":
             reason = _outside_paper_coverage(info.name, module, structure)
         for rule in rules:
-            if not fnmatchcase(info.name, rule.match) or (rule.type and rule.type not in _type_names(module)):
+            if not _matches(rule, info.name, module):
                 continue
             unused.discard(rule)
             reason = refusal(module) or (f"rule {rule.match!r} skips it" if rule.skip else None)
@@ -143,12 +143,27 @@ def plan(
             left_alone[info.name] = reason
         else:
             layers.append(layer)
-    if unused:
-        names = ", ".join(repr(rule.match) for rule in rules if rule in unused)
-        raise UsageError(f"layer rule {names} matches no layer; names look like {structure.layers[0].name!r}")
+    _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
     if not layers:
         raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
     return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def check_rules(denoiser: nn.Module, rules: Iterable[Rule]) -> None:
+    """UsageError for rules that match no layer of ``denoiser``, executed or not: known before anything is run."""
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, QUANTIZABLE)}
+    unused = [rule for rule in rules if not any(_matches(rule, name, layer) for name, layer in layers.items())]
+    _refuse(unused, next(iter(layers), ""))
+
+
+def _matches(rule: Rule, name: str, module: nn.Module) -> bool:
+    return fnmatchcase(name, rule.match) and (rule.type is None or rule.type in _type_names(module))
+
+
+def _refuse(unused: Sequence[Rule], example: str) -> None:
+    if unused:
+        globs = ", ".join(repr(rule.match) for rule in unused)
+        raise UsageError(f"layer rule {globs} matches no layer; names look like {example!r}")
 
 
 def _quantized_bits(activation_bits: int) -> int | None:

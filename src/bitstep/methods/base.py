@@ -102,7 +102,7 @@ class Layers(Slot):
 class Calibration(Slot):
     """The full-precision trajectories everything is fitted to: ``images`` of them, ``steps`` sampling steps each.
 
-    bf16: run the teacher in bfloat16.
+    bf16: record the trajectories with the teacher in bfloat16.
     eta: noise of a DDIM sampler, None for the pipeline's default. guidance_scale: likewise.
     range_images: how many of them set the activation ranges.
     """

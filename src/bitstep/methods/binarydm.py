@@ -214,7 +214,8 @@ def _features(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tenso
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            feature = output if isinstance(output, Tensor) else output[0]
+            # of several tensors (the text's and the sample's), the sample's comes last; the text's may be None
+            feature = output if isinstance(output, Tensor) else next(x for x in output[::-1] if x is not None)
             found[name] = (feature.movedim(1, -1) if feature.ndim == 4 else feature).float()
 
         return hook

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitstep.calls import Pool, run
 from bitstep.errors import BitstepError, UsageError
-from bitstep.runtime.dispatch import kernels_in_use, set_backend
+from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
@@ -67,6 +67,8 @@ def benchmark(
     """
     for name in against:
         _check(name)
+    if backend is not None:
+        named(backend)
     source = load(directory)
     packed_manifest(source)
     component = str(component_folder(source))

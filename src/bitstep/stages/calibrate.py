@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
-from bitstep.calls import Pool, PoolWriter, Recorder, Shard
+import torch
+from torch import Tensor, nn
+
+from bitstep.calls import Pool, PoolWriter, Recorder, Shard, wrapped
 from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 
@@ -17,45 +21,77 @@ def record(
     *,
     images: int,
     batch_size: int,
+    bf16: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **sampling: Unpack[Sampling],
 ) -> Pool:
     """Trajectories of image numbers 0..images-1, one shard per pipeline batch, in ``folder``.
 
-    Interrupted and called again with the same arguments it continues, to the same bytes. ``progress(done, images)``
-    is called before every batch and at the end.
+    With ``bf16`` the denoiser computes in bfloat16. Interrupted and called again with the same arguments it continues,
+    to the same bytes. ``progress(done, images)`` is called before every batch and at the end.
 
     Raises BitstepError for an output that is not finite, a pipeline that cannot be run or recorded, a full disk, and
     a folder that holds calls recorded with other settings.
     """
     given = {name: value for name, value in sampling.items() if value is not None}
     plan = {"source": source.name, "images": images, "batch_size": batch_size} | given
+    if bf16:
+        plan["bf16"] = True
     writer = PoolWriter(folder, plan, _train_timesteps(source))
     for numbers in batches(images, batch_size)[len(writer) :]:
         if progress:
             progress(numbers.start, images)
-        writer.add(_trajectory(source, numbers, sampling, writer.batched))
+        writer.add(_trajectory(source, numbers, bf16, sampling, writer.batched))
     if progress:
         progress(images, images)
     return Pool.open(folder)
 
 
 def stream(
-    source: Source, *, images: int, batch_size: int, first_batch: int = 0, **sampling: Unpack[Sampling]
+    source: Source,
+    *,
+    images: int,
+    batch_size: int,
+    bf16: bool = False,
+    first_batch: int = 0,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[Pool]:
     """The shards of :func:`record` from batch number ``first_batch`` on, each a pool in memory, made when asked for."""
     batched: tuple[str, ...] | None = None
     for numbers in batches(images, batch_size)[first_batch:]:
-        shard = _trajectory(source, numbers, sampling, batched)
+        shard = _trajectory(source, numbers, bf16, sampling, batched)
         batched = shard.batched
         yield Pool([shard], _train_timesteps(source))
 
 
-def _trajectory(source: Source, numbers: range, sampling: Sampling, batched: tuple[str, ...] | None) -> Shard:
-    with Recorder(source.denoiser, source.pipeline.scheduler, len(numbers)) as recorder:
+def _trajectory(
+    source: Source, numbers: range, bf16: bool, sampling: Sampling, batched: tuple[str, ...] | None
+) -> Shard:
+    recorder = Recorder(source.denoiser, source.pipeline.scheduler, len(numbers))
+    with recorder, _in_bfloat16(source.denoiser) if bf16 else nullcontext():
         generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
     return recorder.shard(batched)
 
 
 def _train_timesteps(source: Source) -> int:
     return int(source.pipeline.scheduler.config.num_train_timesteps)
+
+
+def _in_bfloat16(denoiser: nn.Module) -> AbstractContextManager[None]:
+    """``denoiser`` computes in bfloat16 meanwhile; its pipeline still gets float32, which some cannot do without."""
+    device = next(denoiser.parameters()).device.type
+
+    def cast(forward: Callable[..., Any]) -> Callable[..., Any]:
+        computed = torch.autocast(device, torch.bfloat16)(forward)
+        return lambda *args, **kwargs: _in_float32(computed(*args, **kwargs))
+
+    return wrapped(denoiser, "forward", cast)
+
+
+def _in_float32(output: Any) -> Any:
+    """What a denoiser returned, a tensor, a tuple or an output object, its tensors as float32."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, tuple):
+        return tuple(map(_in_float32, output))
+    return type(output)(**{name: _in_float32(value) for name, value in output.items()})

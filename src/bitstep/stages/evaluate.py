@@ -40,6 +40,8 @@ def evaluate(
     frechet_distance: in the features of the network in the file ``features`` (see :func:`extract`); else None
     features: the name of that file, without its ending
     """
+    if features is None and not isinstance(against, Source):
+        raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
     network = None if features is None else load_features(features)
     images = sample(model.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
     numbers: dict[str, Any] = {

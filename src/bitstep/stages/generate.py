@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from bitstep.calls import wrapped_step
+from bitstep.calls import wrapped
 from bitstep.errors import BitstepError, UsageError
 from bitstep.randomness import generator
 
@@ -44,8 +44,8 @@ def read_prompts(path: str | Path | None) -> list[str] | None:
         return None
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise UsageError(f"cannot read prompts {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts {path}: {getattr(error, 'strerror', None) or error}") from error
     if not any(lines):
         raise UsageError(f"{path} holds no prompts: expected one a line")
     return [line for line in lines if line]
@@ -138,7 +138,7 @@ def generate_batch(
             if missing
             else f"cannot run {name}: it takes no generator or number of inference steps"
         )
-    with wrapped_step(pipeline.scheduler, lambda step: _seeded(step, generators, sampling.get("eta"))):
+    with wrapped(pipeline.scheduler, "step", lambda step: _seeded(step, generators, sampling.get("eta"))):
         return _as_tensor(pipeline(**arguments)[0])
 
 

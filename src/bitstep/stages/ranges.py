@@ -63,7 +63,7 @@ def observe(
 
     The denoiser runs once per timestep, on the recorded calls of ``images`` trajectories.
     """
-    steps = len(pool.timesteps)
+    steps, device = len(pool.timesteps), next(denoiser.parameters()).device
     observed: dict[str, list[Observed]] = {}
     row = 0
 
@@ -93,7 +93,7 @@ def observe(
     try:
         for row in range(steps):
             call, _ = pool.batch(pool.indices_at(row)[:images])
-            run(denoiser, call)
+            run(denoiser, call.to(device))
             progress(row + 1, steps)
     finally:
         for handle in handles:

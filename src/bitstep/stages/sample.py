@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Unpack
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -71,6 +72,9 @@ def check_path(path: Path) -> Path:
     """``path``, if :func:`save` can write such a file; UsageError if not."""
     if path.suffix not in (".png", ".npz"):
         raise UsageError(f"cannot write images to {path}: expected a name that ends in .png or .npz")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"cannot write images to {path}: {above} is a file")
     return path
 
 
@@ -85,6 +89,8 @@ def read(path: Path, tile: int | None = None) -> Tensor:
     With ``tile``, each picture is a mosaic of square tiles that many pixels wide, row by row.
     """
     if path.suffix == ".npz":
+        if tile:
+            raise UsageError(f"{path} holds single images, no mosaics: leave --tile out")
         return _read_npz(path)
     pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in _pictures(path)]
     images = [image for picture in pictures for image in (_tiles(picture, tile) if tile else picture[None])]
@@ -96,9 +102,9 @@ def read(path: Path, tile: int | None = None) -> Tensor:
 
 def _read_npz(path: Path) -> Tensor:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             images = file["images"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise BitstepError(f"cannot read images from {path}: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise BitstepError(f"{path} holds {images.dtype} {images.shape}: expected uint8 [N, H, W, 3]")

@@ -10,10 +10,9 @@ distillation usually minimises counts all steps alike.
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import Any, Unpack
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import first_tensor, timestep_of
+from bitstep.calls import first_tensor, timestep_of, wrapped
 from bitstep.randomness import generator
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
@@ -104,17 +103,6 @@ class _Disturbing:
         return output
 
 
-@contextmanager
-def _answering(denoiser: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+def _answering(denoiser: nn.Module, answer: Callable[..., Any]) -> AbstractContextManager[None]:
     """Has ``answer(forward, args, kwargs)`` answer the calls of ``denoiser`` meanwhile."""
-    forward = denoiser.forward
-
-    @functools.wraps(forward)
-    def answered(*args: Any, **kwargs: Any) -> Any:
-        return answer(forward, args, kwargs)
-
-    denoiser.forward = answered
-    try:
-        yield
-    finally:
-        del denoiser.forward
+    return wrapped(denoiser, "forward", lambda forward: lambda *args, **kwargs: answer(forward, args, kwargs))
