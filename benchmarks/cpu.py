@@ -8,8 +8,8 @@ takes from ``from_pretrained`` to its first image.
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only the shapes matter. Nothing else should be running.
-The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them,
-and bitstep.
+The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them
+and bitstep's own dependencies.
 """
 
 from __future__ import annotations
@@ -237,6 +237,8 @@ def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
     reply.write(json.dumps({"resident_mb": resident, "model_mb": resident - imported}) + "\n")
     for line in sys.stdin:
         times = []
+        if not pipeline:
+            step()  # fills the caches again, which the others had meanwhile
         for _ in range(int(line)):
             start = time.perf_counter()
             step()
@@ -247,8 +249,9 @@ def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
 class Worker:
     def __init__(self, python: str, runtime: str, name: str, batch: int, pipeline: bool) -> None:
         command = [python, __file__, "--worker", runtime, name, str(batch), "pipeline" if pipeline else "forward"]
+        environment = os.environ if python == sys.executable else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
         self.row: dict[str, Any] = {"name": runtime}
         self.row |= self.read() or {}
