@@ -251,7 +251,12 @@ class Worker:
         command = [python, __file__, "--worker", runtime, name, str(batch), "pipeline" if pipeline else "forward"]
         environment = os.environ if python == sys.executable else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         self.row: dict[str, Any] = {"name": runtime}
         self.row |= self.read() or {}
@@ -358,7 +363,8 @@ def document(results: dict[str, Any]) -> str:
     machine = results["machine"]
     about = f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}; {machine['flags']}."
     models = "\n".join(f"- **{name}**: {text}" for name, text in MODELS.items())
-    parts = [about, models, *(table(comparison) for comparison in results["comparisons"])]
+    comparisons = sorted(results["comparisons"], key=lambda c: COMPARISONS.index((c["model"], c["batch"])))
+    parts = [about, models, *map(table, comparisons)]
     if "sampling" in results:
         parts.append(table(results["sampling"], f": {STEPS} steps of DDIM, the whole pipeline"))
     if "first_image" in results:
