@@ -249,14 +249,15 @@ def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
 class Worker:
     def __init__(self, python: str, runtime: str, name: str, batch: int, pipeline: bool) -> None:
         command = [python, __file__, "--worker", runtime, name, str(batch), "pipeline" if pipeline else "forward"]
-        environment = os.environ if python == sys.executable else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        own = python == sys.executable
+        env = None if own else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=env,
         )
         self.row: dict[str, Any] = {"name": runtime}
         self.row |= self.read() or {}

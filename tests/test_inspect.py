@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from math import prod
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def test_benchmark_times_each_in_its_own_process(packed_pipeline: Path) -> None:
     assert packed["peak_memory_mb"] > 50  # a Python with torch
     assert numbers["layers"].keys() == packed_layers(api.load(packed_pipeline).denoiser).keys()
     assert sum(numbers["kernels"].values()) == len(numbers["layers"])
+
+
+def test_benchmark_times_packed_pipelines_side_by_side(packed_pipeline: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(packed_pipeline, other)
+    numbers = api.benchmark(packed_pipeline, against=[str(other)], rounds=2)
+    assert [row["name"] for row in numbers["rows"]] == ["packed", str(other)]
+    shutil.rmtree(other / "unet")
+    with pytest.raises(BitstepError):
+        api.benchmark(packed_pipeline, against=[str(other)])
 
 
 def test_a_benchmark_that_cannot_run_says_why(packed_pipeline: Path) -> None:

@@ -200,7 +200,7 @@ def benchmark(
         typer.Option(
             metavar="NAME...",
             help="fp32, bf16, fp16, openvino, openvino-int8, openvino-int8-bf16, onnxruntime-int8, torchao-int8, "
-            "quanto-int8; fp32 and bf16 if not given.",
+            "quanto-int8, or other packed folders; fp32 and bf16 if not given.",
         ),
     ] = None,
     batch_size: BatchSize = 1,

@@ -1,5 +1,6 @@
-"""What should work best together: smoothed ranges and a step size per timestep, blocks distilled one after another, then
-everything end to end on the teacher's trajectories. In its short efforts it does not yet: EfficientDM's are ahead."""
+"""What should work best together: smoothed ranges and a step size per timestep, blocks distilled one after another,
+then everything end to end on the teacher's trajectories. In its short efforts it does not yet: EfficientDM's are
+ahead."""
 
 from __future__ import annotations
 

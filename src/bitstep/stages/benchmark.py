@@ -56,7 +56,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time ``rounds`` forward passes of each, on a call of the denoiser that its pipeline made.
 
-    against: precisions (``fp32``, ``bf16``, ``fp16``) of eager PyTorch, and names of :data:`bitstep.stages.peers.PEERS`
+    against: precisions (``fp32``, ``bf16``, ``fp16``) of eager PyTorch, names of :data:`bitstep.stages.peers.PEERS`,
+        and folders of other packed pipelines, say of other widths
 
     Returns a dictionary:
 
@@ -74,7 +75,10 @@ def benchmark(
     component = str(component_folder(source))
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
-        tasks = [Task(name, component, calls, backend, device) for name in (PACKED, *dict.fromkeys(against))]
+        tasks = [Task(PACKED, component, calls, backend, device)]
+        for name in dict.fromkeys(against):
+            other = str(component_folder(load(name))) if _is_folder(name) else component
+            tasks.append(Task(name, other, calls, backend, device))
         workers = [stack.enter_context(closing(_Worker(task))) for task in tasks]
         for worker in workers:
             worker.wait()
@@ -99,10 +103,18 @@ def benchmark(
 def _check(name: str) -> None:
     """Raise UsageError where nothing of that name can be timed here."""
     known = (*DTYPES, *PEERS)
-    if name not in known:
-        raise UsageError(f"cannot compare with {name!r}{nearest(name, known)}: expected some of {', '.join(known)}")
+    if _is_folder(name):
+        packed_manifest(load(name))
+    elif name not in known:
+        raise UsageError(
+            f"cannot compare with {name!r}{nearest(name, known)}: expected {', '.join(known)} or a packed folder"
+        )
     if name in PEERS and (missing := PEERS[name].missing()):
         raise UsageError(f"{name} needs packages that are not installed: pip install {' '.join(missing)}")
+
+
+def _is_folder(name: str) -> bool:
+    return name not in DTYPES and name not in PEERS and Path(name).is_dir()
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ def _work(task: Task) -> None:
 
 def _model(task: Task) -> ModelMixin:
     component = Path(task.component)
-    if task.name == PACKED:
+    if task.name == PACKED or _is_folder(task.name):
         model = model_class(component).from_pretrained(component)
         set_backend(model, task.backend)
     else:
