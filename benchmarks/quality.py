@@ -233,13 +233,15 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
     """Put the table between the markers named for the results file, at the end of the page where there are none."""
     rows = sorted(results["rows"], key=_place)
     columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
-    same = {name: next(iter(values)) for name in CONSTANT if len(values := {*columns[name]} - {"-", ""}) == 1}
-    columns = {name: cells for name, cells in columns.items() if name not in same and {*cells} - {"-", ""}}
+    quantized = [row for row in rows if row["recipe"] != FULL_PRECISION]
+    values = {name: {COLUMNS[name](row) for row in quantized} for name in CONSTANT}
+    same = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    columns = {name: cells for name, cells in columns.items() if name not in same}
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     settings, machine, versions = results["settings"], results["machine"], results["versions"]
     caption = (
         f"`{settings['source']}`, {settings['num_images']} images of {settings['steps']} steps each; "
-        + "".join(f"{name} {value}; " for name, value in same.items())
+        + "".join(f"{name} {value}; " for name, value in same.items() if value not in ("", "-"))
         + f"distances in the "
         f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores, "
         f"{machine['threads']} used), " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
