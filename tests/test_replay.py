@@ -432,3 +432,29 @@ def test_a_module_without_packed_layers_may_be_replayed_too() -> None:
     for _ in range(4):
         model(torch.ones(2, 4))
     assert proven(model) == 1
+
+
+class Growing(nn.Module):
+    """Adds up whatever it has been given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.shifts, self.weights = nn.ModuleList(), list[float](), nn.ParameterList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        terms = [layer(x) for layer in self.layers] + [x + shift for shift in self.shifts]
+        return torch.stack([x, *terms, *(x * weight for weight in self.weights)]).sum(0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", nn.ReLU()), ("shifts", 1.0), ("weights", torch.ones(3))])
+def test_what_was_empty_may_be_filled(name: str, value: Any) -> None:
+    model, x = Growing(), torch.tensor([1.0, -2.0, 3.0])
+    enable_replay(model)
+    for _ in range(4):
+        before = model(x)
+    assert proven(model) == 1
+    getattr(model, name).append(value)
+    expected = without_replay(model)(x)
+    assert not torch.equal(expected, before)
+    for _ in range(4):
+        assert torch.equal(model(x), expected)

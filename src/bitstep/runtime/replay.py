@@ -29,7 +29,7 @@ from bitstep.runtime.tape import Tape, record
 from bitstep.steps import Position, StepCursor
 
 _KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
-_ELSEWHERE = {*vars(nn.Module())} - {"_modules"}  # torch's own: looked at apart, or without effect
+_HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -167,9 +167,9 @@ class Watch:
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """The dictionaries and lists that hold what ``module`` is, but for its tensors and hooks."""
+    """The dictionaries and lists that hold what ``module`` is, but for its hooks."""
     own = vars(module)
-    parts = [own, *(v for name, v in own.items() if isinstance(v, dict | list) and v and name not in _ELSEWHERE)]
+    parts = [own, *(v for name, v in own.items() if isinstance(v, dict | list) and name not in _HOOKS)]
     processor = own.get("processor")  # of attention
     return parts if processor is None else [*parts, vars(processor)]
 
