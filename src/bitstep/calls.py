@@ -41,6 +41,13 @@ class Call:
         timestep: Tensor = self.arguments[_timestep_name(self.arguments)]
         return timestep
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor among the arguments, by its dotted path."""
+        leaves: dict[str, Tensor] = {}
+        _skeleton(dict(self.arguments), "call", leaves)
+        return leaves
+
     def to(self, device: torch.device | str) -> Call:
         """The same call with every tensor on ``device``."""
         return self.map(lambda _, tensor: tensor.to(device))

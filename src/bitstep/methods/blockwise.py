@@ -101,7 +101,7 @@ class _Rows:
         folder.mkdir(exist_ok=True)
         self._one = one
         self._files: dict[str, _RowFile] = {}
-        small, large = _leaves(one), _leaves(two)
+        small, large = one.tensors, two.tensors
         self._chunks = len(small["call.timestep"])
         for number, (name, tensor) in enumerate(small.items()):
             if tensor.shape != large[name].shape:
@@ -112,7 +112,7 @@ class _Rows:
         return len(self._files["call.timestep"])
 
     def append(self, call: Call) -> None:
-        for name, tensor in _leaves(call).items():
+        for name, tensor in call.tensors.items():
             if name in self._files:
                 self._files[name].append(tensor.cpu())
 
@@ -186,11 +186,5 @@ def _run_until_reached(denoiser: nn.Module, call: Call, handle: Any) -> None:
         handle.remove()
 
 
-def _leaves(call: Call) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    call.map(lambda name, tensor: found.setdefault(name, tensor))
-    return found
-
-
 def _tensors(output: Any) -> list[Tensor]:
-    return list(_leaves(Call({"output": output})).values())
+    return list(Call({"output": output}).tensors.values())

@@ -40,9 +40,7 @@ class OfTensors(nn.Module):
     def __init__(self, denoiser: nn.Module, call: Call) -> None:
         super().__init__()
         self.denoiser, self._call = denoiser, call
-        found: dict[str, Tensor] = {}
-        call.map(lambda name, tensor: found.setdefault(name, tensor))
-        self._names, self.inputs = tuple(found), tuple(found.values())
+        self._names, self.inputs = tuple(call.tensors), tuple(call.tensors.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         values = dict(zip(self._names, inputs, strict=True))
