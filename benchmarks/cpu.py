@@ -249,8 +249,7 @@ def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
 class Worker:
     def __init__(self, python: str, runtime: str, name: str, batch: int, pipeline: bool) -> None:
         command = [python, __file__, "--worker", runtime, name, str(batch), "pipeline" if pipeline else "forward"]
-        own = python == sys.executable
-        env = None if own else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        env = None if python == sys.executable else {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

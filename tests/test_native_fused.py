@@ -61,10 +61,6 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     assert differs.float().mean() < 0.02
 
 
-def assert_equal(got: Tensor, expected: Tensor) -> None:
-    assert torch.equal(got, expected)
-
-
 def assert_close(got: Tensor, expected: Tensor) -> None:
     """Equal within the rounding of attention and of the codes that follow it."""
     assert got.shape == expected.shape
@@ -125,7 +121,10 @@ def test_a_map_in_two_parts_is_their_concatenation(own: int, rest: int) -> None:
         expected = layer.convolve(whole, scale, zero_point, before)
         got = torch.full_like(expected, torch.nan)
         layer.call(got, parts, scale, zero_point, before, None, None, None, 1)()
-        assert_same(got, expected) if before and not before.groups else assert_equal(got, expected)
+        if before and not before.groups:
+            assert_same(got, expected)
+        else:
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("weight_bits", [1, 8])

@@ -34,7 +34,7 @@ from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
-from bitstep.stages.load import load
+from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
 from bitstep.stages.sample import Progress
 from bitstep.steps import TIMESTEP_NAMES
@@ -70,15 +70,14 @@ def benchmark(
         _check(name)
     if backend is not None:
         named(backend)
-    source = load(directory)
-    packed_manifest(source)
-    component = str(component_folder(source))
+    source = _packed(directory)
+    packed = {PACKED: source} | {name: _packed(Path(name)) for name in against if _is_folder(name)}
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
-        tasks = [Task(PACKED, component, calls, backend, device)]
-        for name in dict.fromkeys(against):
-            other = str(component_folder(load(name))) if _is_folder(name) else component
-            tasks.append(Task(name, other, calls, backend, device))
+        tasks = [
+            Task(name, str(component_folder(packed.get(name, source))), name in packed, calls, backend, device)
+            for name in (PACKED, *dict.fromkeys(against))
+        ]
         workers = [stack.enter_context(closing(_Worker(task))) for task in tasks]
         for worker in workers:
             worker.wait()
@@ -103,9 +102,7 @@ def benchmark(
 def _check(name: str) -> None:
     """Raise UsageError where nothing of that name can be timed here."""
     known = (*DTYPES, *PEERS)
-    if _is_folder(name):
-        packed_manifest(load(name))
-    elif name not in known:
+    if name not in known and not _is_folder(name):
         raise UsageError(
             f"cannot compare with {name!r}{nearest(name, known)}: expected {', '.join(known)} or a packed folder"
         )
@@ -117,12 +114,20 @@ def _is_folder(name: str) -> bool:
     return name not in DTYPES and name not in PEERS and Path(name).is_dir()
 
 
+def _packed(directory: Path) -> Source:
+    """The pipeline in a folder; raises BitstepError where it is not packed."""
+    source = load(directory)
+    packed_manifest(source)
+    return source
+
+
 @dataclass(frozen=True)
 class Task:
     """What one process times: the packed model in ``component``, or its architecture in a precision or under a peer."""
 
     name: str
     component: str
+    packed: bool
     calls: str
     backend: str | None
     device: str
@@ -212,7 +217,7 @@ def _work(task: Task) -> None:
 
 def _model(task: Task) -> ModelMixin:
     component = Path(task.component)
-    if task.name == PACKED or _is_folder(task.name):
+    if task.packed:
         model = model_class(component).from_pretrained(component)
         set_backend(model, task.backend)
     else:
