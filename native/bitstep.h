@@ -1,4 +1,4 @@
-// The C interface of the native CPU runtime.
+// The C interface of the native CPU runtime, and of what training rounds with.
 //
 // Activations are fp32 NHWC [batch, height, width, channels]. A linear layer is a 1x1 convolution of height 1. One
 // (scale, zero point) serves the batch (rows 1) or each sample has its own (rows = batch).
@@ -78,6 +78,14 @@ typedef struct {
   float scale;
 } bitstep_attention_shape;
 
+// Rows of values, each with a step of its own.
+typedef struct {
+  int64_t count, length;
+  const float* scale;       // [count]
+  const float* zero_point;  // [count], integral
+  int32_t top;              // 2**bits - 1
+} bitstep_rows;
+
 // Share work by the functions at these addresses: GOMP_parallel, omp_get_thread_num and omp_get_num_threads. Without the
 // first, everything runs in the calling thread.
 BITSTEP_API void bitstep_set_threads(void* fork, void* thread_number, void* team_size);
@@ -93,6 +101,11 @@ BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_m
 // y = softmax(scale q k^T) v, per head.
 BITSTEP_API void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
                                    float* y, int threads);
+// y = scale (clip(round(x * (1 / scale)) + zero_point, 0, top) - zero_point), all [count][length].
+BITSTEP_API void bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads);
+// The gradients of LSQ: grad_x [count][length], grad_scale and grad_zero_point [count].
+BITSTEP_API void bitstep_fake_quantize_backward(const bitstep_rows* rows, const float* x, const float* grad,
+                                                float* grad_x, float* grad_scale, float* grad_zero_point, int threads);
 
 #ifdef __cplusplus
 }

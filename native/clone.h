@@ -17,12 +17,18 @@ using GroupNorm = void(const bitstep_map& map, const bitstep_prologue& prologue,
 // bitstep_attention.
 using Attend = void(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
                     int threads);
+// bitstep_fake_quantize and bitstep_fake_quantize_backward.
+using FakeQuantize = void(const bitstep_rows& rows, const float* x, float* y, int threads);
+using FakeQuantizeBackward = void(const bitstep_rows& rows, const float* x, const float* grad, float* grad_x,
+                                  float* grad_scale, float* grad_zero_point, int threads);
 
 struct Clone {
   Quantize* quantize;
   Convolve* convolve;
   GroupNorm* group_norm;
   Attend* attend;
+  FakeQuantize* fake_quantize;
+  FakeQuantizeBackward* fake_quantize_backward;
 };
 
 namespace portable { extern const Clone clone; }
@@ -35,6 +41,8 @@ Quantize quantize;
 Convolve convolve;
 GroupNorm group_norm;
 Attend attend;
+FakeQuantize fake_quantize;
+FakeQuantizeBackward fake_quantize_backward;
 }  // namespace BITSTEP_CLONE
 #endif
 

@@ -93,4 +93,13 @@ void bitstep_attention(const bitstep_attention_shape* shape, const float* q, con
   current()->attend(*shape, q, k, v, y, threads);
 }
 
+void bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads) {
+  current()->fake_quantize(*rows, x, y, threads);
+}
+
+void bitstep_fake_quantize_backward(const bitstep_rows* rows, const float* x, const float* grad, float* grad_x,
+                                    float* grad_scale, float* grad_zero_point, int threads) {
+  current()->fake_quantize_backward(*rows, x, grad, grad_x, grad_scale, grad_zero_point, threads);
+}
+
 }  // extern "C"

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from bitstep import library
 from bitstep.numerics.packing import QuantizedWeight
-from bitstep.runtime import native
 from bitstep.runtime.cpu import CpuKernel
 from bitstep.runtime.kernel import LayerTensors, Operation, Problem
 from bitstep.runtime.reference import ReferenceKernel
 
-pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
 
 
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
+@pytest.fixture(params=library.instruction_sets(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with native.instruction_set(request.param):
+    with library.instruction_set(request.param):
         yield request.param
 
 

@@ -16,20 +16,20 @@ from diffusers.models.upsampling import Upsample2D
 from test_native import Case, tensors_for
 from torch import Tensor, nn
 
+from bitstep import library
 from bitstep.numerics.packing import pack
-from bitstep.runtime import native
 from bitstep.runtime.cpu import Before, Convolution, CpuKernel, attention
 from bitstep.runtime.fused import fuse, fused_blocks
 from bitstep.runtime.layers import LayerFormat, packed_like
 from bitstep.runtime.reference import ReferenceKernel
 
-pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
 
 
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
+@pytest.fixture(params=library.instruction_sets(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.manual_seed(0)
-    with native.instruction_set(request.param), torch.no_grad():
+    with library.instruction_set(request.param), torch.no_grad():
         yield request.param
 
 

@@ -18,7 +18,7 @@ from pipelines import BUILDERS, build, unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitstep.runtime import native
+from bitstep import library
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.replay import Replay, enable_replay
 from bitstep.runtime.tape import plan, record
@@ -367,7 +367,7 @@ def test_a_changed_constant_makes_a_tape_stale() -> None:
     assert tape.is_stale()
 
 
-@pytest.mark.skipif(not native.instruction_sets(), reason="the native library is not built")
+@pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
 def test_a_concatenation_is_read_in_parts_unless_a_part_changes() -> None:
     convolution = nn.Conv2d(12, 7, 3)
     layer = filled(convolution, random_layer(convolution))

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bitstep.numerics import rows
+
 RangeMethod = Literal["minmax", "mse", "lsq"]
 
 
@@ -57,33 +59,39 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Works on v = x/s and the signed code u = clip(round(v), -z, N-1-z), so that x_hat = s * u.
-
-    In range |u - v| <= 1/2; clipped, u is the bound that the gradient equations name. Masks are floats made by
-    arithmetic: boolean masks, where and clamping to tensors take several times as long on a CPU.
-    """
+    """Keeps x alone for the backward pass. Where gradients are wanted, rows of float32 on a CPU are worked on by
+    :mod:`bitstep.numerics.rows`; packed models, whose passes are recorded, stay with operations of torch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        v = x * scale.reciprocal()
-        u = v.round().add_(zero_point).clamp_(0, levels(bits) - 1).sub_(zero_point)
-        ctx.save_for_backward(v, u, scale, zero_point)
-        return u * scale
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.top = levels(bits) - 1
+        if any(ctx.needs_input_grad) and rows.in_rows(x, scale, zero_point):
+            return rows.fake_quantize(x, scale, zero_point, ctx.top)
+        return _level(x * scale.reciprocal(), zero_point, ctx.top) * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        v, u, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point = ctx.saved_tensors
+        if rows.in_rows(x, scale, zero_point):
+            return *rows.gradients(grad, x, scale, zero_point, ctx.top), None
+        # In range |u - v| <= 1/2; clipped, u is the bound that the gradient equations name. Masks are floats made by
+        # arithmetic: boolean masks, where and clamping to tensors take several times as long on a CPU.
+        v = x * scale.reciprocal()
+        u = _level(v, zero_point, ctx.top)
         residual = u - v
         clipped = residual.abs().sub_(0.5).ceil_().clamp_(0, 1)
         lost = grad * clipped
-        grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            # residual in range; where clipped, residual + v = u
-            grad_scale = residual.addcmul_(v, clipped).mul_(grad).sum_to_size(scale.shape)
-        if ctx.needs_input_grad[2]:
-            grad_zero_point = lost.mul(scale).sum_to_size(zero_point.shape).neg_()
+        # residual in range; where clipped, residual + v = u
+        grad_scale = residual.addcmul_(v, clipped).mul_(grad).sum_to_size(scale.shape)
+        grad_zero_point = lost.mul(scale).sum_to_size(zero_point.shape).neg_()
         return grad - lost, grad_scale, grad_zero_point, None
+
+
+def _level(v: Tensor, zero_point: Tensor, top: int) -> Tensor:
+    """The signed code u = clip(round(v), -z, N-1-z) of v = x/s, so that x_hat = s * u."""
+    return v.round().add_(zero_point).clamp_(0, top).sub_(zero_point)
 
 
 def search_range(

@@ -39,7 +39,7 @@ class CpuKernel(Kernel):
         wrong: list[str] = []
         if problem.device != "cpu":
             wrong.append(f"it runs on the CPU, not on {problem.device}")
-        if native.library() is None:
+        if native.kernels() is None:
             wrong.append("the native library is not built (install a C++ compiler and reinstall bitstep)")
         if problem.activation_bits is None:
             return wrong
@@ -153,7 +153,7 @@ class Convolution:
         repeat: int,
     ) -> native.Call:
         """The call that makes :meth:`convolve`'s result in y; x may be two tensors whose channels are to be joined."""
-        lib = native.library()
+        lib = native.kernels()
         assert lib is not None
         x, rest = x if isinstance(x, tuple) else (x, None)
         batch, height, width, channels = x.shape
@@ -230,7 +230,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _attention_call(y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int) -> native.Call:
-    lib = native.library()
+    lib = native.kernels()
     assert lib is not None
     batch, queries, channels = q.shape
     width = channels // heads

@@ -1,25 +1,18 @@
-"""The native library through ctypes: its structures, its functions, and which instruction set it uses."""
+"""What the runtime calls in the native library, through ctypes: structures and functions."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-import torch  # loads the OpenMP runtime that the library works on
+import torch
 
-from bitstep.errors import UsageError
-
-LIBRARY = "bitstep_cpu.so"
-LIBRARY_VARIABLE = "BITSTEP_NATIVE_LIBRARY"  # another build of it
-INSTRUCTION_SET_VARIABLE = "BITSTEP_INSTRUCTION_SET"
+from bitstep.library import current_instruction_set, library
 
 Call = Callable[[], object]
 """A call into the library with all its addresses; the tensors behind them must be kept alive."""
@@ -112,15 +105,11 @@ def listening(listener: Callable[..., None]) -> Iterator[None]:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The loaded library, or None where it was not built. It works on torch's own OpenMP threads."""
-    # an editable install has two folders: that of the sources, and that of what was built
-    folders = import_module("bitstep.runtime").__path__
-    path = os.environ.get(LIBRARY_VARIABLE) or next((p for f in folders if (p := Path(f) / LIBRARY).exists()), None)
-    if path is None:
+def kernels() -> ctypes.CDLL | None:
+    """The library with the signatures of its kernels; None where it was not built."""
+    lib = library()
+    if lib is None:
         return None
-    lib = ctypes.CDLL(str(path))
-    lib.bitstep_instruction_sets.restype = POINTER(c_char_p)
     lib.bitstep_convolution.argtypes = [
         *(POINTER(struct) for struct in (Layer, Map, Prologue, Step)),
         c_void_p,
@@ -129,58 +118,9 @@ def library() -> ctypes.CDLL | None:
         c_int,
     ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
-    # torch loads libgomp into the global namespace; without one (macOS) the kernels run in the calling thread
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    openmp = [getattr(ctypes.CDLL(None), name, None) for name in names]
-    lib.bitstep_set_threads(*(ctypes.cast(function, c_void_p) if function else None for function in openmp))
-    _use(lib, os.environ.get(INSTRUCTION_SET_VARIABLE) or _names(lib)[0])
     return lib
-
-
-def instruction_sets() -> list[str]:
-    """The instruction sets that the library has and this machine runs, best first; empty without the library."""
-    lib = library()
-    return _names(lib) if lib else []
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Use one instruction set meanwhile. A kernel must run under the set that it was prepared under."""
-    lib = library()
-    before = current_instruction_set()
-    if lib is None or before is None:
-        raise UsageError("the native library is not built: there is no instruction set to choose")
-    _use(lib, name)
-    try:
-        yield
-    finally:
-        _use(lib, before)
-
-
-def current_instruction_set() -> str | None:
-    """The instruction set in use; None without the library."""
-    return _current if library() else None
 
 
 def has_tables() -> bool:
     """Whether the instruction set in use runs one-bit weights on tables."""
     return current_instruction_set() == "avx512"
-
-
-_current: str | None = None
-
-
-def _use(lib: ctypes.CDLL, name: str) -> None:
-    global _current
-    if lib.bitstep_use(name.encode()):
-        raise UsageError(f"no instruction set {name!r} here: expected one of {', '.join(_names(lib))}")
-    _current = name
-
-
-def _names(lib: ctypes.CDLL) -> list[str]:
-    names: list[str] = []
-    for name in lib.bitstep_instruction_sets():
-        if name is None:
-            break
-        names.append(name.decode())
-    return names

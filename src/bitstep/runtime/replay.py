@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from bitstep.runtime import native
+from bitstep.library import current_instruction_set
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.tape import Tape, record
 from bitstep.steps import Position, StepCursor
@@ -192,7 +192,7 @@ def _signature(inputs: Any) -> Hashable | None:
     parts: list[Hashable] = [
         spec,
         torch.get_num_threads(),
-        native.current_instruction_set(),
+        current_instruction_set(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu"),
     ]
