@@ -335,6 +335,12 @@ def test_an_evolvable_basis_is_pressed_then_dropped() -> None:
     assert {len(quantizer.codes().scale) for quantizer in quantizers} == {1}
 
 
+def test_an_evolvable_basis_leaves_units_without_binary_weights_alone() -> None:
+    _, context, _ = prepared(bits=1)
+    unit = replace(unit_of(context), layers={})
+    assert EvolvableBasis().applied(unit, context, PHASE) is unit
+
+
 def test_the_moving_average_starts_at_the_initial_scales_and_ends_in_the_parameters() -> None:
     _, context, _ = prepared()
     phase = PHASE.model_copy(

@@ -18,7 +18,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
 from bitstep.runtime.layers import InputRows, PackedConv2d, PackedLinear, packed_like
-from bitstep.steps import StepCursor, StepError, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(13, 5), (6, 3, 13)),
@@ -38,7 +38,7 @@ def expected(layer: nn.Module, packed: PackedLayer, x: Tensor, timestep: Tensor 
         if len(scale) > 1:
             position = GRID.locate(timestep)
             scale = interpolate_scale(scale, position)
-            zero_point = interpolate_zero_point(zero_point, position).round()
+            zero_point = interpolate(zero_point, position).round()
         assert packed.activation_bits is not None
         x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), packed.activation_bits)
     weight = packed.weight.dequantize()

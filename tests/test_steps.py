@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.quantizers.activations import ActivationQuantizer
-from bitstep.steps import StepCursor, StepError, StepGrid, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import StepCursor, StepError, StepGrid, interpolate, interpolate_scale, per_sample
 
 UNIT = 1000.0
 
@@ -65,7 +65,7 @@ def test_a_table_of_100_steps_serves_other_schedules(steps: int) -> None:
         assert interpolate_scale(scale, position).item() == pytest.approx(
             float(torch.exp(2 * timestep / UNIT)), rel=1e-5
         )
-        assert interpolate_zero_point(zero_point, position).item() == pytest.approx(float(timestep / 10), rel=1e-4)
+        assert interpolate(zero_point, position).item() == pytest.approx(float(timestep / 10), rel=1e-4)
 
 
 def test_outside_the_keys_the_nearest_row_serves() -> None:

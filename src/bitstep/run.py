@@ -37,7 +37,7 @@ from bitstep.calls import INDEX, Pool
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
-from bitstep.methods.base import Context, Effort
+from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
 from bitstep.recipe import Recipe, resolve
 from bitstep.runtime import dispatch
@@ -52,6 +52,7 @@ from bitstep.stages.finetune import (
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_attention, packed_layers
+from bitstep.stages.precondition import precondition
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
@@ -155,6 +156,18 @@ def _fit(
             progress=update,
         )
 
+    def fit_output() -> None:
+        if student.preconditioning is not None:
+            with report.bar("precondition the output") as update:
+                precondition(
+                    student.denoiser,
+                    student.preconditioning,
+                    pool,
+                    images=calibration.range_images,
+                    averaged=method.output.averaged,
+                    progress=update,
+                )
+
     found = None
     distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
     if any(objective.emphasis for objective in distilled):
@@ -181,14 +194,14 @@ def _fit(
         images=None if data is None else _read_images(Path(data), source, pool),
         sensitivity=found,
     )
-    _train(context, recipe, work, report)
+    fit_output()
+    if method.training:
+        _train(context, method.training, work, report)
+        fit_output()
     return student
 
 
-def _train(context: Context, recipe: Recipe, work: Path, report: _Report) -> None:
-    phases = recipe.method.training
-    if not phases:
-        return
+def _train(context: Context, phases: Sequence[Phase], work: Path, report: _Report) -> None:
     if any(phase.gradient_checkpointing for phase in phases):
         cast(ModelMixin, context.student).enable_gradient_checkpointing(context.cursor.checkpoint)
     state = _load_state(work / STATE, context)

@@ -159,12 +159,12 @@ def interpolate_scale(scale: Tensor, position: Position) -> Tensor:
     return low * ((scale[position.upper] / low).double() ** position.fraction).to(scale.dtype)
 
 
-def interpolate_zero_point(zero_point: Tensor, position: Position) -> Tensor:
-    """Rows of a table of zero points ``[T]`` -> float32 ``[rows]``, linear; round before use."""
-    low = zero_point[position.lower].float()
+def interpolate(table: Tensor, position: Position) -> Tensor:
+    """Rows of a table ``[T]`` -> float32 ``[rows]``, linear, exact on the keys; zero points are rounded after it."""
+    low = table[position.lower].float()
     if position.fraction is None:
         return low
-    return low + (zero_point[position.upper].float() - low) * position.fraction
+    return low + (table[position.upper].float() - low) * position.fraction
 
 
 def per_sample(rows: Tensor, x: Tensor) -> Tensor:

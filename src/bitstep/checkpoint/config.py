@@ -89,6 +89,7 @@ class Manifest(_Strict):
     step_grid: Grid | None
     layers: dict[str, LayerEntry]
     attention: dict[str, AttentionEntry] = {}
+    preconditioned: bool = False
     modules_to_not_convert: dict[str, str]
     macs: Macs
     recipe: dict[str, JsonValue]
@@ -99,6 +100,8 @@ class Manifest(_Strict):
         for name, entry in (self.layers | self.attention).items():
             if entry.steps not in rows:
                 raise ValueError(f"{name!r} has {entry.steps} steps, the step grid allows {sorted(rows)}")
+        if self.preconditioned and self.step_grid is None:
+            raise ValueError("a preconditioned output needs a step grid")
         return self
 
 

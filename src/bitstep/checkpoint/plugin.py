@@ -9,15 +9,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor
 
+from bitstep import preconditioning
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
 from bitstep.errors import BitstepError, UsageError
+from bitstep.preconditioning import Preconditioning
 from bitstep.runtime import fused
 from bitstep.runtime.attention import NAME, PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
 from bitstep.steps import StepCursor
+
+_OWNERS = PackedModule | PackedAttention | Preconditioning  # of tensors that the format describes
 
 
 class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -54,6 +58,8 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 raise BitstepError(f"the checkpoint packs attention in {name!r} which {type(model).__name__} has not")
             PackedAttention(attention.attention_format(), cursor).attach(modules[name])
         if cursor is not None:
+            if manifest.preconditioned:
+                Preconditioning(cursor).attach(model)
             cursor.attach(model)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
@@ -61,7 +67,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return missing_keys
 
     def check_if_quantized_param(self, model: ModelMixin, _: Tensor, param_name: str, *__: Any, **___: Any) -> bool:
-        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedModule | PackedAttention)
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), _OWNERS)
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> bool:
         return True  # create_quantized_param looks at shape, dtype and values together
@@ -79,7 +85,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         tensor = state_dict[param_name]  # param_value was cast to torch_dtype already
         owner, name = param_name.rsplit(".", 1)
         layer = model.get_submodule(owner)
-        assert isinstance(layer, PackedModule | PackedAttention)
+        assert isinstance(layer, _OWNERS)
         if why := refusal(layer, name, tensor):
             raise BitstepError(f"{param_name}: {why}")
         setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype))
@@ -97,7 +103,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not safe_serialization:
             raise UsageError("packed models are saved as safetensors only: leave safe_serialization on")
         manifest = self.quantization_config.manifest
-        packed = {*manifest.layers, *(f"{name}.{NAME}" for name in manifest.attention)}
+        packed = {*manifest.layers, *(f"{name}.{NAME}" for name in manifest.attention), preconditioning.NAME}
 
         def stored(key: str, tensor: Tensor) -> Tensor:
             owner, _, name = key.rpartition(".")

@@ -7,11 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from bitstep.preconditioning import Preconditioning
 from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.layers import PackedModule
 
 
-def refusal(layer: PackedModule | PackedAttention, name: str, tensor: Tensor) -> str | None:
+def refusal(layer: PackedModule | PackedAttention | Preconditioning, name: str, tensor: Tensor) -> str | None:
     """Why ``tensor`` cannot be the buffer ``name`` of ``layer``, or None when it can."""
     expected = layer.get_buffer(name)
     if tensor.shape != expected.shape:
@@ -19,6 +20,8 @@ def refusal(layer: PackedModule | PackedAttention, name: str, tensor: Tensor) ->
     dtypes = (torch.float32, torch.float16) if name == "bias" else (expected.dtype,)
     if tensor.dtype not in dtypes:
         return f"expected {expected.dtype}, got {tensor.dtype}"
+    if isinstance(layer, Preconditioning):
+        return _finite(tensor)
     if isinstance(layer, PackedAttention):
         operand, _, table = name.partition("_")
         return _positive(tensor) if table == "scale" else _within(tensor, layer.format.bits_of(operand))
@@ -32,8 +35,8 @@ def refusal(layer: PackedModule | PackedAttention, name: str, tensor: Tensor) ->
             return _within(tensor, layer_format.weight_bits)
         case "input_zero_point":
             return _within(tensor, layer_format.activation_bits or 0)
-        case "weight_scale" | "bias" if not bool(tensor.isfinite().all()):
-            return "not every value is finite"
+        case "weight_scale" | "bias":
+            return _finite(tensor)
         case "input_scale" | "input_channel_reciprocal":
             return _positive(tensor)
     return None
@@ -41,6 +44,10 @@ def refusal(layer: PackedModule | PackedAttention, name: str, tensor: Tensor) ->
 
 def _within(zero_point: Tensor, bits: int) -> str | None:
     return f"a zero point exceeds {bits} bits" if int(zero_point.max()) >= 2**bits else None
+
+
+def _finite(tensor: Tensor) -> str | None:
+    return None if bool(tensor.isfinite().all()) else "not every value is finite"
 
 
 def _positive(tensor: Tensor) -> str | None:

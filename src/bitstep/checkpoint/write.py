@@ -12,6 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from bitstep import preconditioning
 from bitstep.checkpoint.config import AttentionEntry, BitstepConfig, Grid, LayerEntry, Macs, Manifest
 from bitstep.checkpoint.plugin import BitstepQuantizer
 from bitstep.numerics.packing import QuantizedWeight, pack
@@ -106,7 +107,7 @@ def pack_model(
     """A packed copy of ``denoiser``, equal to what ``from_pretrained`` returns for its ``save_pretrained``.
 
     denoiser: the model before or after its layers were replaced for training; from it come the configuration and
-        every tensor that belongs to none of ``layers`` (as float32)
+        every tensor that belongs to none of ``layers`` (as float32), those of its preconditioning among them
     layers: what replaces each named layer
     grid: the keys of the per-timestep tables; None when no layer has one
     modules_to_not_convert: the layers left in floating point and why
@@ -121,6 +122,7 @@ def pack_model(
         step_grid=None if grid is None else Grid(keys=list(grid.keys), unit=grid.unit),
         layers={name: layer.entry() for name, layer in layers.items()},
         attention={name: operands.entry() for name, operands in attention.items()},
+        preconditioned=hasattr(denoiser, preconditioning.NAME),
         modules_to_not_convert=dict(modules_to_not_convert),
         macs=Macs(total=total_macs, quantized=sum(part.macs for part in parts.values())),
         recipe=dict(recipe),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
 from bitstep.calls import Call, Pool
@@ -97,6 +97,17 @@ class Layers(Slot):
 
     coverage: Coverage = "full"
     rules: tuple[Rule, ...] = ()
+
+
+class Output(Slot):
+    """Whether the output is preconditioned: weighed against the noisy sample, by two numbers per timestep
+    (:mod:`bitstep.preconditioning`).
+
+    averaged: steps over which errors are taken to average out
+    """
+
+    preconditioned: bool = False
+    averaged: PositiveFloat = 2.0
 
 
 class Calibration(Slot):
@@ -252,6 +263,7 @@ class Method(Slot):
     weights: SerializeAsAny[Weights] = UniformWeights()
     activations: Activations = Activations()
     attention: AttentionOperands = AttentionOperands()
+    output: Output = Output()
     layers: Layers = Layers()
     calibration: Calibration = Calibration()
     training: tuple[Phase, ...] = ()

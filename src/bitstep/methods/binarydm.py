@@ -169,6 +169,8 @@ class EvolvableBasis(Technique):
         quantizers = [
             q for q in (layer.weight_quantizer for layer in unit.layers.values()) if isinstance(q, BinaryWeight)
         ]
+        if not quantizers:
+            return unit
 
         def loss(iteration: int) -> Tensor:
             if iteration >= int(self.share * phase.iterations):

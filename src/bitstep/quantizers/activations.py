@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bitstep.numerics import uniform
-from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import StepCursor, interpolate, interpolate_scale, per_sample
 
 
 class ActivationQuantizer(nn.Module):
@@ -42,7 +42,7 @@ class ActivationQuantizer(nn.Module):
         if len(scale) > 1:
             position = self.cursor.position
             scale = interpolate_scale(scale, position)
-            zero_point = uniform.round_zero_point(interpolate_zero_point(zero_point, position), self.bits)
+            zero_point = uniform.round_zero_point(interpolate(zero_point, position), self.bits)
         return uniform.fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), self.bits)
 
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, intercept
 from bitstep.numerics.uniform import fake_quantize
-from bitstep.steps import StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import StepCursor, interpolate, interpolate_scale, per_sample
 
 NAME = "attention_operands"
 """Under this name the module that computes attention holds its :class:`PackedAttention`."""
@@ -53,6 +53,6 @@ class PackedAttention(nn.Module):
             assert self.cursor is not None
             position = self.cursor.position
             scale = interpolate_scale(scale, position)
-            zero_point = interpolate_zero_point(zero_point, position).round()
+            zero_point = interpolate(zero_point, position).round()
         bits = self.format.bits_of(operand)
         return fake_quantize(x.float(), per_sample(scale, x), per_sample(zero_point, x), bits).to(x.dtype)

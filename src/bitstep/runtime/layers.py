@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
-from bitstep.steps import Position, StepCursor, interpolate_scale, interpolate_zero_point, per_sample
+from bitstep.steps import Position, StepCursor, interpolate, interpolate_scale, per_sample
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
 _HYPERPARAMETERS = {*nn.Linear.__constants__, *nn.Conv2d.__constants__}
@@ -111,7 +111,7 @@ class InputRows:
             torch.stack([layer.get_buffer(name) for layer in layers], 1) for name in ("input_scale", "input_zero_point")
         )
         scale = interpolate_scale(scale, position).T.contiguous()
-        zero_point = interpolate_zero_point(zero_point, position).round().T.contiguous()
+        zero_point = interpolate(zero_point, position).round().T.contiguous()
         return dict(zip(layers, zip(scale, zero_point, strict=True), strict=True))
 
 

@@ -14,6 +14,7 @@ from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, Rewrite, UniformWeights
 from bitstep.numerics.dilation import DilationStatistics, statistics, stretched
+from bitstep.preconditioning import Preconditioning
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe
@@ -28,6 +29,7 @@ class Student:
 
     attention: quantizers of attention operands, by the module that computes it
     rewritten: what the method's rewrites did to every layer that they changed
+    preconditioning: that of the output, still to be fitted, if the method has it
     """
 
     denoiser: nn.Module
@@ -37,6 +39,7 @@ class Student:
     cursor: StepCursor
     attention: dict[str, AttentionQuantizer]
     rewritten: dict[str, DilationStatistics]
+    preconditioning: Preconditioning | None
 
 
 def prepare(
@@ -113,8 +116,12 @@ def prepare(
     for site in decided.attention:
         attention[site.name] = build_attention(site)
         intercept(student.get_submodule(site.name), attention[site.name])
+    preconditioning = None
+    if method.output.preconditioned:
+        preconditioning = Preconditioning(cursor).to(device)
+        preconditioning.attach(student)
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, attention, rewritten)
+    return Student(student, layers, decided, structure, cursor, attention, rewritten, preconditioning)
 
 
 def rewrite(
