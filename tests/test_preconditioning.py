@@ -37,19 +37,21 @@ def test_a_faithful_output_is_left_alone() -> None:
     assert fit(target, sample, target, averaged=2.0) == pytest.approx((1, 0), abs=1e-6)
 
 
+@pytest.mark.parametrize("gain", [1.0, -3.0])
 @pytest.mark.parametrize("averaged", [1.0, 2.0, 5.0])
-def test_noise_is_weighed_against_what_the_sample_cannot_say(averaged: float) -> None:
-    """target = sample + 0.1 r, output = target + 0.2 n: of the variance that the sample leaves a fifth is signal."""
+def test_noise_is_weighed_against_what_the_sample_cannot_say(averaged: float, gain: float) -> None:
+    """target = sample + 0.1 r, output = gain * (target + 0.2 n): of what the sample does not say a fifth is picture."""
     shape = (16, 3, 32, 32)
     sample, signal, noise = _noise(0, *shape), 0.1 * _noise(1, *shape), 0.2 * _noise(2, *shape)
     target = sample + signal
-    out, skip = fit(target + noise, sample, target, averaged)
-    assert out == pytest.approx(0.01 / (0.01 + 0.04 / averaged), rel=0.05)
-    assert skip == pytest.approx(1 - out, rel=0.05)
+    output = gain * (target + noise)
+    out, skip = fit(output, sample, target, averaged)
+    assert gain * out == pytest.approx(0.01 / (0.01 + 0.04 / averaged), rel=0.05)
+    assert skip == pytest.approx(1 - gain * out, rel=0.05)
     if averaged == 1:  # least squares: nothing near it is closer
 
         def error(out: float, skip: float) -> float:
-            return float((out * (target + noise) + skip * sample - target).square().mean())
+            return float((out * output + skip * sample - target).square().mean())
 
         for nearby in ((out + 0.02, skip), (out - 0.02, skip), (out, skip + 0.02), (out, skip - 0.02)):
             assert error(out, skip) < error(*nearby)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bitstep.steps import StepCursor, interpolate, per_sample
 
 NAME = "preconditioning"
+_TINY = 1e-30
 
 
 class Preconditioning(nn.Module):
@@ -70,15 +71,17 @@ class Preconditioning(nn.Module):
 def fit(output: Tensor, sample: Tensor, target: Tensor, averaged: float) -> tuple[float, float]:
     """``(c_out, c_skip)`` that bring ``c_out * output + c_skip * sample`` to ``target``; shapes are alike.
 
-    Least squares weigh the network's signal S against its noise N as one step sees them, c_out = S / (S + N): what is
-    lost of the signal is as bad as noise. But it is lost at every step in the same direction, while noise is another at
-    every step and averages out. With ``averaged`` steps taken together, c_out = S / (S + N / averaged).
+    Of all three only what the sample does not say matters for c_out, q and y. Least squares, w = <q, y> / <q, q>, see
+    one step: what they lose of the picture, all but the share r = <q, y>^2 / <q, q><y, y>, is as bad to them as noise.
+    But it is lost at every step in the same direction, while noise is another at every step and averages out. With
+    ``averaged`` steps K taken together, noise counts for 1 / K, and
+
+        c_out = w / (r + (1 - r) / K)
     """
-    known = torch.stack([output.flatten(), sample.flatten()]).double()
-    gram, moment = known @ known.T, known @ target.flatten().double()
-    # the pseudo-inverse takes the shortest solution where the two are proportional, as all zeros are
-    out = float((torch.linalg.pinv(gram, hermitian=True) @ moment)[0])
-    if 0 < out < 1:
-        out = 1 / (1 + (1 / out - 1) / averaged)
-    skip = float((moment[1] - out * gram[0, 1]) / gram[1, 1].clamp(min=1e-30))
-    return out, skip
+    output, sample, target = (tensor.flatten().double() for tensor in (output, sample, target))
+    power = (sample @ sample).clamp(min=_TINY)
+    q, y = (tensor - (tensor @ sample / power) * sample for tensor in (output, target))
+    of_output, of_target, both = (q @ q).clamp(min=_TINY), (y @ y).clamp(min=_TINY), q @ y
+    share = both.square() / (of_output * of_target)
+    out = both / of_output / (share + (1 - share) / averaged)
+    return float(out), float((target - out * output) @ sample / power)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitstep.methods.baselines import ADAROUND, LSQ, MINMAX, MSE
-from bitstep.methods.best import BEST
+from bitstep.methods.best import BEST, BEST_BINARY
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
@@ -21,5 +21,6 @@ METHODS = {
         BINARY_BASELINE,
         BINARYDM,
         BINARYDM_EBB,
+        BEST_BINARY,
     )
 }
