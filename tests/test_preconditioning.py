@@ -24,7 +24,7 @@ from bitstep.stages.calibrate import stream
 from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source, load
 from bitstep.stages.precondition import precondition
-from bitstep.stages.prepare import Student, prepare
+from bitstep.stages.prepare import prepare
 from bitstep.steps import StepCursor, StepGrid
 
 
@@ -102,22 +102,21 @@ def test_channels_that_only_one_of_the_two_has_are_left_alone(of_sample: int, of
     assert bool((output[:, 2:] == 1).all())
 
 
-def preconditioned(source: Source, steps: int, overrides: list[str]) -> tuple[Student, Source]:
+def preconditioned(source: Source, steps: int, averaged: float) -> tuple[nn.Module, Preconditioning]:
+    """A W4A4 copy of the denoiser, and its tables."""
     source.denoiser.requires_grad_(False)
     pool = next(stream(source, images=4, batch_size=4, steps=steps, seed=0))
-    method = resolve("mse", "W4A4", "quick", ["output.preconditioned=true", *overrides]).method
+    method = resolve("mse", "W4A4", "quick", []).method
     student = prepare(source.denoiser, pool, method, weight_bits=4, activation_bits=4)
-    assert student.preconditioning is not None
-    precondition(student.denoiser, student.preconditioning, pool, images=4, averaged=method.output.averaged)
-    return student, source
+    tables = precondition(student.denoiser, student.cursor, pool, images=4, averaged=averaged)
+    return student.denoiser, tables
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
     pipeline = build(name)
-    student, source = preconditioned(Source(name, pipeline, denoiser_name(pipeline)), 3, ["output.averaged=1"])
-    tables = student.preconditioning
-    assert tables is not None
+    source = Source(name, pipeline, denoiser_name(pipeline))
+    student, tables = preconditioned(source, 3, averaged=1)
     pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
 
     def error() -> list[float]:
@@ -125,7 +124,7 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
         for step in range(len(pool.timesteps)):
             call, target = pool.batch(pool.indices_at(step))
             with torch.no_grad():
-                output, sample = tables.shared(run(student.denoiser, call), tables.sample((), call.arguments))
+                output, sample = tables.shared(run(student, call), tables.sample((), call.arguments))
             found.append(float((output - tables.shared(target, sample)[0]).square().mean()))
         return found
 
@@ -137,16 +136,15 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
 
 def test_it_pays_on_the_bundled_model() -> None:
     """On noise that the fit has not seen, the error at the first steps falls to less than a third."""
-    student, source = preconditioned(load("demo:fruits32", device="cpu"), 8, [])
+    source = load("demo:fruits32", device="cpu")
+    student, tables = preconditioned(source, 8, averaged=2)
     unseen = next(stream(source, images=4, batch_size=4, steps=8, seed=1))
     call, target = unseen.batch(unseen.indices_at(len(unseen.timesteps) - 2))
-    tables = student.preconditioning
-    assert tables is not None
     with torch.no_grad():
-        fitted = (run(student.denoiser, call) - target).square().mean()
+        fitted = (run(student, call) - target).square().mean()
         tables.out.fill_(1.0)
         tables.skip.fill_(0.0)
-        plain = (run(student.denoiser, call) - target).square().mean()
+        plain = (run(student, call) - target).square().mean()
     assert fitted < plain / 3
 
 

@@ -43,10 +43,11 @@ class Preconditioning(nn.Module):
         self._sample = ""
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Become a part of ``denoiser`` and change what its forward passes return. Attach the cursor afterwards."""
+        """Become a part of ``denoiser`` and change what its forward passes return."""
         self._sample = next(iter(inspect.signature(denoiser.forward).parameters))
         denoiser.add_module(NAME, self)
-        denoiser.register_forward_hook(self._called, with_kwargs=True)
+        # first of all hooks: the cursor's own forgets the position
+        denoiser.register_forward_hook(self._called, with_kwargs=True, prepend=True)
 
     def sample(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """The noisy sample among the arguments of the denoiser: its first."""

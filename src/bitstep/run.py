@@ -156,18 +156,6 @@ def _fit(
             progress=update,
         )
 
-    def fit_output() -> None:
-        if student.preconditioning is not None:
-            with report.bar("precondition the output") as update:
-                precondition(
-                    student.denoiser,
-                    student.preconditioning,
-                    pool,
-                    images=calibration.range_images,
-                    averaged=method.output.averaged,
-                    progress=update,
-                )
-
     found = None
     distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
     if any(objective.emphasis for objective in distilled):
@@ -194,10 +182,12 @@ def _fit(
         images=None if data is None else _read_images(Path(data), source, pool),
         sensitivity=found,
     )
-    fit_output()
     if method.training:
         _train(context, method.training, work, report)
-        fit_output()
+    if method.output.preconditioned:
+        images, averaged = calibration.range_images, method.output.averaged
+        with report.bar("precondition the output") as update:
+            precondition(student.denoiser, student.cursor, pool, images=images, averaged=averaged, progress=update)
     return student
 
 

@@ -1,9 +1,5 @@
-"""What works best together.
-
-For weights of 2 bits and more EfficientDM's adapters and step sizes per timestep, ranges smoothed, and the output
-preconditioned before training, which so learns what the noisy sample does not say, and fitted again after it. For
-weights of about one bit BinaryDM with such an output.
-"""
+"""What works best together: for weights of 2 bits and more EfficientDM, ranges smoothed and the output preconditioned;
+for weights of about one bit BinaryDM with such an output."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, Rewrite, UniformWeights
 from bitstep.numerics.dilation import DilationStatistics, statistics, stretched
-from bitstep.preconditioning import Preconditioning
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe
@@ -29,7 +28,6 @@ class Student:
 
     attention: quantizers of attention operands, by the module that computes it
     rewritten: what the method's rewrites did to every layer that they changed
-    preconditioning: that of the output, still to be fitted, if the method has it
     """
 
     denoiser: nn.Module
@@ -39,7 +37,6 @@ class Student:
     cursor: StepCursor
     attention: dict[str, AttentionQuantizer]
     rewritten: dict[str, DilationStatistics]
-    preconditioning: Preconditioning | None
 
 
 def prepare(
@@ -116,12 +113,8 @@ def prepare(
     for site in decided.attention:
         attention[site.name] = build_attention(site)
         intercept(student.get_submodule(site.name), attention[site.name])
-    preconditioning = None
-    if method.output.preconditioned:
-        preconditioning = Preconditioning(cursor).to(device)
-        preconditioning.attach(student)
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, attention, rewritten, preconditioning)
+    return Student(student, layers, decided, structure, cursor, attention, rewritten)
 
 
 def rewrite(
