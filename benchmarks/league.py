@@ -21,6 +21,8 @@ ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("dilatequant", "W4A4", ["rewrites=[{kind: split-concatenation}]"]),
+    ("mse", "W4A4", ["output.preconditioned=true"]),
+    ("dilatequant", "W4A4", ["output.preconditioned=true"]),
 )
 TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[]"],
@@ -42,6 +44,7 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binary-baseline", bits, [], IMAGES
         yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
         yield "binarydm-ebb", bits, [], IMAGES
+    yield "best-binary", "W1.1A4", [], None
     yield "binary-baseline", "W1A4", [], None
     for overrides in TECHNIQUES:
         yield "binarydm", "W1.1A4", overrides, None

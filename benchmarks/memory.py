@@ -43,7 +43,7 @@ def measure(objective: Objective) -> dict[str, float]:
     from cpu import build
 
     torch.manual_seed(0)
-    denoiser: nn.Module = build("A").get_submodule("model").requires_grad_(False)
+    denoiser: nn.Module = build("A").requires_grad_(False)
     source = Source("random", DDIMPipeline(denoiser, DDIMScheduler()), "unet")
     phase = Phase(
         objective=objective,

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import diffusers
@@ -47,7 +48,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipe": lambda row: row["recipe"],
     "bits": lambda row: row["bits"],
     "effort": lambda row: row["effort"],
-    "seed": lambda row: "-" if row["seed"] is None else str(row["seed"]),
+    "seeds": lambda row: ", ".join("-" if seed is None else str(seed) for seed in row["seed"]),
     "images": lambda row: Path(row["data"]).name if row["data"] else "-",
     "overrides": lambda row: " ".join(f"`{override}`" for override in row["overrides"]),
     "PSNR (dB)": lambda row: _number(row["psnr"], 1),
@@ -57,9 +58,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "minutes": lambda row: _number(row["minutes"], 1),
     "peak memory (MB)": lambda row: _number(row["peak_memory_mb"], 0),
     "MB on disk": lambda row: _number(row["size_mb"], 2),
-    "MACs quantized": lambda row: "-" if row["coverage"] is None else f"{row['coverage']:.1%}",
+    "MACs quantized": lambda row: "-" if row["coverage"][0] is None else f"{row['coverage'][0]:.1%}",
 }
-CONSTANT = ("effort", "seed", "images", "overrides")  # go into the caption where all rows agree
+CONSTANT = ("effort", "seeds", "images", "overrides")  # go into the caption where all rows agree
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def measure_all(settings: argparse.Namespace, quantizations: Sequence[Quantizati
         results["rows"].append(row)
         write(settings.results, json.dumps(results, indent=2) + "\n")
         write_table(settings.page, settings.results, results)
-        print(" | ".join(column(row) for column in COLUMNS.values()), flush=True)
+        print(" | ".join(column(several_seeds([row])[0]) for column in COLUMNS.values()), flush=True)
 
     if not done:
         finish(full_precision_row(settings.source, judge, settings.work))
@@ -231,7 +232,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
 
 def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
     """Put the table between the markers named for the results file, at the end of the page where there are none."""
-    rows = sorted(results["rows"], key=_place)
+    rows = several_seeds(sorted(results["rows"], key=_place))
     columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
     quantized = [row for row in rows if row["recipe"] != FULL_PRECISION]
     values = {name: {COLUMNS[name](row) for row in quantized} for name in CONSTANT}
@@ -253,6 +254,18 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
         text += f"\n{begin}\n{end}\n"
     head, _, rest = text.partition(begin)
     write(page, f"{head}{begin}\n{table}\n\n{caption}\n{end}{rest.partition(end)[2]}")
+
+
+def several_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in the seed alone as one, with a list of seeds and of everything that was measured."""
+    named = [field.name for field in fields(Quantization) if field.name != "seed"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[name] for name in named]), []).append(row)
+    return [
+        {key: value if key in named else [row[key] for row in group] for key, value in group[0].items()}
+        for group in groups.values()
+    ]
 
 
 def write(path: Path, text: str) -> None:
@@ -295,8 +308,13 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return -weight, -activation, recipe, row["effort"], row["data"] or "", row["overrides"], row["seed"]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def _number(values: Sequence[float | None], digits: int) -> str:
+    """The value; of several seeds the mean, and from where to where they lie."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    low, mean, high = (f"{value:,.{digits}f}" for value in (min(found), fmean(found), max(found)))
+    return mean if len(found) == 1 else f"{mean} ({low} to {high})"
 
 
 def _processor() -> str:
