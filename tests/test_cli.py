@@ -102,7 +102,7 @@ def test_demo_shows_both_recipes(
     outcome = bitstep("demo", "--out", tmp_path / "demo")
     assert outcome.code == 0, outcome.err
     assert "minmax" in outcome.out
-    assert "efficientdm" in outcome.out
+    assert "best" in outcome.out
     with Image.open(tmp_path / "demo" / "demo.png") as picture:
         assert picture.width > 900
 

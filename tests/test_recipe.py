@@ -16,7 +16,8 @@ from bitstep.recipe import parse_bits, resolve
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("effort", ["quick", "standard", "full"])
 def test_every_method_resolves_at_every_effort(name: str, effort: str) -> None:
-    assert resolve(name, some_bits(METHODS[name]), effort).method.name == name  # type: ignore[arg-type]
+    method = resolve(name, some_bits(METHODS[name]), effort).method  # type: ignore[arg-type]
+    assert (method.name, method.efforts) == (name, {})
 
 
 def test_full_effort_is_the_published_setting() -> None:

@@ -94,12 +94,12 @@ def evaluate(
 
 
 def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
-    """Quantize ``demo:fruits32`` to W4A4 by rounding and with EfficientDM, and compare both on the same noise.
+    """Quantize ``demo:fruits32`` to W4A4 by rounding and with ``best``, and compare both on the same noise.
 
     Returns ``rows`` (recipe, PSNR, SSIM, compression, minutes) and the path of the ``picture``.
     """
     source, bits, folder = "demo:fruits32", "W4A4", Path(out)
-    recipes: dict[str, tuple[str, ...]] = {"minmax": ("calibration.images=8",), "efficientdm": ()}
+    recipes: dict[str, tuple[str, ...]] = {"minmax": ("calibration.images=8",), "best": ()}
     reference = sample(source, seed=UNSEEN)
     panels, rows = {"full precision": reference}, []
     for recipe, overrides in recipes.items():

@@ -63,7 +63,7 @@ def options(
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Option(help="Folder of the packed pipeline; must be empty or new.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "efficientdm",
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "best",
     bits: Annotated[str, typer.Option(help="Bits of weights and activations.", metavar="WxAy")] = "W4A4",
     effort: Annotated[
         Literal["quick", "standard", "full"], typer.Option(help="Minutes; a good result; the published setting.")

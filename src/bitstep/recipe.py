@@ -54,7 +54,7 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
         if not equals:
             raise UsageError(f"expected slot.key=value, got {override!r}")
         _put(settings, path.strip(), _value(override, value))
-    method = _validate(settings)
+    method = _validate(settings).model_copy(update={"efforts": {}})  # the one that was asked for is in the slots now
     weight_bits, activation_bits = parse_bits(bits)
     try:
         method.weights.layer_bits(weight_bits)

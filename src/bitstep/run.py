@@ -69,7 +69,7 @@ def quantize(
     source: str | Path,
     *,
     out: str | Path,
-    recipe: str | Path = "efficientdm",
+    recipe: str | Path = "best",
     bits: str = "W4A4",
     effort: Effort = "standard",
     overrides: Sequence[str] = (),
