@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from quality import ROOT, put, write
 from torch import nn
 
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase
@@ -30,7 +32,8 @@ from bitstep.stages.finetune import TrainingState, finetune
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import prepare
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
+PAGE = ROOT / "docs" / "results.md"
 SAMPLES, BATCH, ITERATIONS = 64, 16, 2
 OBJECTIVES: dict[str, Objective] = {
     "end to end": TrajectoryDistillation(),
@@ -95,10 +98,17 @@ def main() -> None:
         process = subprocess.run([sys.executable, __file__, "--objective", name], stdout=subprocess.PIPE, check=True)
         rows[name] = json.loads(process.stdout.splitlines()[-1])
         print(name, rows[name])
-    ratio = rows["block-wise"]["memory_mb"] / rows["end to end"]["memory_mb"]
     settings = {"bits": "W4A4", "batch_size": BATCH, "samples": SAMPLES, "torch": torch.__version__}
-    RESULTS.write_text(json.dumps({"settings": settings, "rows": rows, "ratio": ratio}, indent=2) + "\n")
-    print(f"block-wise / end to end: {ratio:.2f}")
+    write(RESULTS, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    put(PAGE, RESULTS.stem, table(settings, rows))
+
+
+def table(settings: dict[str, Any], rows: dict[str, dict[str, float]]) -> str:
+    lines = ["| distillation | memory while training (MB) | kept on disk (MB) |", "|---|---|---|"]
+    lines += [f"| {name} | {row['memory_mb']:,.0f} | {row['disk_mb']:,.0f} |" for name, row in rows.items()]
+    ratio = rows["block-wise"]["memory_mb"] / rows["end to end"]["memory_mb"]
+    about = f"Block-wise: {ratio:.2f} of end to end. " + ", ".join(f"{key} {value}" for key, value in settings.items())
+    return "\n".join([*lines, "", f"{about}."])
 
 
 if __name__ == "__main__":

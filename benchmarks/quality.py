@@ -231,7 +231,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
-    """Put the table between the markers named for the results file, at the end of the page where there are none."""
+    """Put the table between the page's markers that are named for the results file."""
     rows = several_seeds(sorted(results["rows"], key=_place))
     columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
     quantized = [row for row in rows if row["recipe"] != FULL_PRECISION]
@@ -248,12 +248,17 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
         f"{machine['threads']} used), " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    begin, end = (f"<!-- {word} {file.stem} -->" for word in ("begin", "end"))
+    put(page, file.stem, f"{table}\n\n{caption}")
+
+
+def put(page: Path, name: str, content: str) -> None:
+    """Put ``content`` between the markers of that name, at the end of the page where there are none."""
+    begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
     text = page.read_text() if page.exists() else "# Results\n\nMeasured by the scripts in `benchmarks/`.\n"
     if begin not in text:
         text += f"\n{begin}\n{end}\n"
     head, _, rest = text.partition(begin)
-    write(page, f"{head}{begin}\n{table}\n\n{caption}\n{end}{rest.partition(end)[2]}")
+    write(page, f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}")
 
 
 def several_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
