@@ -52,6 +52,17 @@ def test_rows_are_exact_on_the_keys_in_any_order() -> None:
         assert interpolate_scale(table, position).item() == expected[i].item()
 
 
+def test_a_position_follows_its_table_to_another_device() -> None:
+    grid = StepGrid((0.1, 0.9), UNIT)
+    between = grid.locate(500)
+    assert between.to(torch.device("cpu")) is between
+    moved = between.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in (moved.lower, moved.upper, moved.fraction) if tensor is not None} == {
+        "meta"
+    }
+    assert grid.locate(900).to(torch.device("meta")).fraction is None
+
+
 @pytest.mark.parametrize("steps", [20, 37])
 def test_a_table_of_100_steps_serves_other_schedules(steps: int) -> None:
     """Log-linear tables are reproduced exactly by interpolation; strides of the grid hit its rows."""

@@ -64,7 +64,7 @@ class Preconditioning(nn.Module):
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         output = result if isinstance(result, Tensor) else result[0]
         output, sample = self.shared(output, self.sample(args, kwargs))
-        position = self.cursor.position
+        position = self.cursor.position.to(output.device)
         out, skip = (per_sample(interpolate(table, position), output) for table in (self.out, self.skip))
         output.mul_(out).add_((skip * sample).to(output.dtype))
 

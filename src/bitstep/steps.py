@@ -37,6 +37,13 @@ class Position:
     upper: Tensor
     fraction: Tensor | None
 
+    def to(self, device: torch.device) -> Position:
+        """The same on the device of a table: pipelines may keep their timesteps elsewhere."""
+        if self.lower.device == device:
+            return self
+        fraction = None if self.fraction is None else self.fraction.to(device)
+        return Position(self.lower.to(device), self.upper.to(device), fraction)
+
 
 @dataclass(frozen=True)
 class StepGrid:

@@ -40,7 +40,7 @@ class ActivationQuantizer(nn.Module):
             return x
         scale, zero_point = self.tables()
         if len(scale) > 1:
-            position = self.cursor.position
+            position = self.cursor.position.to(x.device)
             scale = interpolate_scale(scale, position)
             zero_point = uniform.round_zero_point(interpolate(zero_point, position), self.bits)
         return uniform.fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), self.bits)

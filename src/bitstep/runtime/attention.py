@@ -51,7 +51,7 @@ class PackedAttention(nn.Module):
         scale, zero_point = self.get_buffer(f"{operand}_scale"), self.get_buffer(f"{operand}_zero_point").float()
         if self.format.steps > 1:
             assert self.cursor is not None
-            position = self.cursor.position
+            position = self.cursor.position.to(x.device)
             scale = interpolate_scale(scale, position)
             zero_point = interpolate(zero_point, position).round()
         bits = self.format.bits_of(operand)

@@ -105,8 +105,9 @@ class InputRows:
 
     def _look_up(self, position: Position, device: torch.device) -> dict[PackedModule, tuple[Tensor, Tensor]]:
         layers = [layer for layer in self.layers if layer.weight_scale.device == device]
-        fraction = None if position.fraction is None else position.fraction[:, None].to(device)
-        position = Position(position.lower.to(device), position.upper.to(device), fraction)
+        position = position.to(device)
+        fraction = None if position.fraction is None else position.fraction[:, None]
+        position = Position(position.lower, position.upper, fraction)
         scale, zero_point = (
             torch.stack([layer.get_buffer(name) for layer in layers], 1) for name in ("input_scale", "input_zero_point")
         )
