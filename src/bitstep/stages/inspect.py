@@ -31,12 +31,13 @@ def inspect(directory: Path) -> dict[str, Any]:
     ops, ops_saving: bops / 64 + multiply-accumulates that stay in floating point (the counting of the papers on
         binary networks, arXiv 2003.03488), and flops / ops
     macs_quantized: share of the multiply-accumulates in packed layers
+    preconditioned: whether the output is weighed against the noisy sample
     layers: name, kind, weight_bits, activation_bits (None: floating point), kernel, macs
     fused_blocks: names of the residual, attention and transformer blocks that run fused; the others run layer by layer
     """
     source = load(directory)
-    macs = packed_manifest(source).macs
-    modules = packed_layers(source.denoiser)
+    manifest = packed_manifest(source)
+    macs, modules = manifest.macs, packed_layers(source.denoiser)
     layers: list[dict[str, Any]] = [
         {
             "name": name,
@@ -46,7 +47,7 @@ def inspect(directory: Path) -> dict[str, Any]:
             "kernel": modules[name].kernel.name,
             "macs": entry.macs,
         }
-        for name, entry in packed_manifest(source).layers.items()
+        for name, entry in manifest.layers.items()
     ]
     weights = [prod(modules[layer["name"]].weight_shape) for layer in layers]
     weight_bits = sum(layer["weight_bits"] * count for layer, count in zip(layers, weights, strict=True))
@@ -68,6 +69,7 @@ def inspect(directory: Path) -> dict[str, Any]:
         "ops": ops,
         "ops_saving": macs.total / ops,
         "macs_quantized": macs.quantized / macs.total,
+        "preconditioned": manifest.preconditioned,
         "layers": layers,
         "fused_blocks": fused_blocks(source.denoiser),
     }
