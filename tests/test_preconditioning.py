@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import bitstep
 from bitstep.calls import run
 from bitstep.checkpoint.config import BitstepConfig
-from bitstep.errors import BitstepError
-from bitstep.preconditioning import Preconditioning, fit
+from bitstep.errors import BitstepError, UsageError
+from bitstep.preconditioning import Preconditioning, fit, sample_name, shared
 from bitstep.recipe import resolve
 from bitstep.stages.calibrate import stream
 from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source, load
-from bitstep.stages.precondition import precondition
+from bitstep.stages.precondition import check, precondition
 from bitstep.stages.prepare import prepare
 from bitstep.steps import StepCursor, StepGrid
 
@@ -124,14 +124,25 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
         for step in range(len(pool.timesteps)):
             call, target = pool.batch(pool.indices_at(step))
             with torch.no_grad():
-                output, sample = tables.shared(run(student, call), tables.sample((), call.arguments))
-            found.append(float((output - tables.shared(target, sample)[0]).square().mean()))
+                error, _ = shared(run(student, call) - target, call.arguments[sample_name(student)])
+            found.append(float(pool.guided(error).square().mean()))
         return found
 
     after = error()
     tables.out.fill_(1.0)
     tables.skip.fill_(0.0)
     assert all(fitted <= plain for fitted, plain in zip(after, error(), strict=True))
+
+
+def test_a_denoiser_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = build("ddim")
+    source = Source("ddim", pipeline, denoiser_name(pipeline))
+    pool = next(stream(source, images=1, batch_size=1, steps=1, seed=0))
+    check(source.denoiser, pool)
+    call, target = pool.batch([0])
+    monkeypatch.setattr(pool, "batch", lambda _: (call, target[..., :-1]))
+    with pytest.raises(UsageError, match="cannot be preconditioned"):
+        check(source.denoiser, pool)
 
 
 def test_it_pays_on_the_bundled_model() -> None:

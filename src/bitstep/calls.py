@@ -257,6 +257,13 @@ class Pool:
         shards = [_open_shard(folder, index, i) for i in range(len(index["shards"]))]
         return cls(shards, index["train_timesteps"])
 
+    def guided(self, rows: Tensor) -> Tensor:
+        """``[chunks * n, ...]``, as calls hold them, -> ``[n, ...]``: the chunks as the pipeline combines them for its
+        scheduler, or the rows as they are where there is no guidance."""
+        if self.guidance is None:
+            return rows
+        return torch.einsum("k,kb...->b...", self.guidance.to(rows), rows.unflatten(0, (self._chunks, -1)))
+
     def indices_at(self, step: int) -> Tensor:
         """Samples whose timestep is ``timesteps[step]``."""
         return torch.nonzero(self.step_of == step).flatten()

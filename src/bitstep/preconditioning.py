@@ -6,14 +6,14 @@ At high noise a denoiser returns nearly the sample it was given, and the picture
 rounding of everything on the way drowns: at the first steps of the bundled model a W4A4 network errs by as much as that
 difference. But the sample itself is at hand without rounding errors. Where c_out falls below 1, that much less of them
 is left. The two numbers per timestep are fitted to the full-precision output in closed form; what they cost is one
-multiply-add per value. Karras et al. (EDM, arXiv 2206.00364) train with this form; here it is fitted to a
-model that was trained without it, whatever it predicts (noise, sample, velocity).
+multiply-add per value. Karras et al. (EDM, arXiv 2206.00364) train with this form; here it is fitted to a model that
+was trained without it, whatever it predicts (noise, sample, velocity).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,29 +44,29 @@ class Preconditioning(nn.Module):
 
     def attach(self, denoiser: nn.Module) -> None:
         """Become a part of ``denoiser`` and change what its forward passes return."""
-        self._sample = next(iter(inspect.signature(denoiser.forward).parameters))
+        self._sample = sample_name(denoiser)
         denoiser.add_module(NAME, self)
         # first of all hooks: the cursor's own forgets the position
         denoiser.register_forward_hook(self._called, with_kwargs=True, prepend=True)
 
-    def sample(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """The noisy sample among the arguments of the denoiser: its first."""
-        found: Tensor = kwargs[self._sample] if self._sample in kwargs else args[0]
-        return found
-
-    @staticmethod
-    def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts of the two that belong together: the channels of the one with fewer."""
-        axis = 2 if output.ndim == 3 else 1  # tokens have their channels last
-        channels = min(output.shape[axis], sample.shape[axis])
-        return output.narrow(axis, 0, channels), sample.narrow(axis, 0, channels)
-
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         output = result if isinstance(result, Tensor) else result[0]
-        output, sample = self.shared(output, self.sample(args, kwargs))
+        output, sample = shared(output, kwargs[self._sample] if self._sample in kwargs else args[0])
         position = self.cursor.position.to(output.device)
         out, skip = (per_sample(interpolate(table, position), output) for table in (self.out, self.skip))
         output.mul_(out).add_((skip * sample).to(output.dtype))
+
+
+def sample_name(denoiser: nn.Module) -> str:
+    """The argument of ``denoiser`` that is the noisy sample: its first."""
+    return next(iter(inspect.signature(denoiser.forward).parameters))
+
+
+def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of the two that belong together: the channels of the one with fewer."""
+    axis = 2 if output.ndim == 3 else 1  # tokens have their channels last
+    channels = min(output.shape[axis], sample.shape[axis])
+    return output.narrow(axis, 0, channels), sample.narrow(axis, 0, channels)
 
 
 def fit(output: Tensor, sample: Tensor, target: Tensor, averaged: float) -> tuple[float, float]:

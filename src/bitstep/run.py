@@ -52,7 +52,7 @@ from bitstep.stages.finetune import (
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_attention, packed_layers
-from bitstep.stages.precondition import precondition
+from bitstep.stages.precondition import check, precondition
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
@@ -146,6 +146,8 @@ def _fit(
     amount: dict[str, Any] = {"images": calibration.images, "batch_size": batch_size, "bf16": bf16}
     with report.bar("record trajectories") as update:
         pool = record(source, work / POOL, progress=update, **amount, **sampling)
+    if method.output.preconditioned:
+        check(teacher, pool)
     with report.bar("calibrate activation ranges") as update:
         student = prepare(
             teacher,

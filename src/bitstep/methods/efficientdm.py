@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from bitstep.calls import run
@@ -45,18 +44,11 @@ class TrajectoryDistillation(Objective):
                 indices = pool.indices_at(len(pool.timesteps) - 1 - step)[: phase.batch_size]
             call, target = context.batch(pool, indices)
             weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
-            return distance(run(context.student, call), target, pool.guidance, weights)
+            error = pool.guided(run(context.student, call).float() - target.float())
+            return (error.square().flatten(1).mean(1) * weights.to(error)).mean()
 
         if start == 0:
             yield Unit("denoiser", context.layers, loss, context.attention)
-
-
-def distance(output: Tensor, target: Tensor, guidance: Tensor | None, weights: Tensor) -> Tensor:
-    """Mean squared error, of the guided combination where there is one, weighted per sample ``[n]``."""
-    error = output.float() - target.float()
-    if guidance is not None:
-        error = torch.einsum("k,kb...->b...", guidance.to(error), error.unflatten(0, (len(guidance), -1)))
-    return (error.square().flatten(1).mean(1) * weights.to(error)).mean()
 
 
 _SHORT: dict[str, Any] = {

@@ -8,8 +8,20 @@ import torch
 from torch import nn
 
 from bitstep.calls import Pool, run
-from bitstep.preconditioning import Preconditioning, fit
+from bitstep.errors import UsageError
+from bitstep.preconditioning import Preconditioning, fit, sample_name, shared
 from bitstep.steps import StepCursor
+
+
+def check(denoiser: nn.Module, pool: Pool) -> None:
+    """Raise UsageError where what ``denoiser`` returns cannot be added to its sample."""
+    call, target = pool.batch([0])
+    output, sample = shared(target, call.arguments[sample_name(denoiser)])
+    if output.shape != sample.shape:
+        raise UsageError(
+            f"the output of {type(denoiser).__name__} {list(target.shape)} does not have the shape of its sample "
+            f"{list(sample.shape)}, so it cannot be preconditioned: --set output.preconditioned=false"
+        )
 
 
 @torch.no_grad()
@@ -22,7 +34,8 @@ def precondition(
     averaged: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Preconditioning:
-    """Give the quantized ``denoiser`` tables fitted to the recorded outputs of ``images`` trajectories.
+    """Give the quantized ``denoiser`` tables fitted to the recorded outputs of ``images`` trajectories, guided as the
+    pipeline guides them.
 
     averaged: see :func:`bitstep.preconditioning.fit`
     """
@@ -31,7 +44,10 @@ def precondition(
     tables.attach(denoiser)
     for step in range(len(pool.timesteps)):
         call, target = pool.batch(pool.indices_at(step)[:images])
-        output, sample = tables.shared(run(denoiser, call.to(device)).cpu(), tables.sample((), call.arguments).cpu())
-        tables.out[step], tables.skip[step] = fit(output, sample, tables.shared(target, sample)[0], averaged)
+        sample = call.arguments[sample_name(denoiser)]
+        output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
+        target, sample = shared(target, sample)
+        output, sample, target = (pool.guided(rows) for rows in (output, sample, target))
+        tables.out[step], tables.skip[step] = fit(output, sample, target, averaged)
         progress(step + 1, len(pool.timesteps))
     return tables
