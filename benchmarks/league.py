@@ -9,8 +9,9 @@ The W4A4 and W1.1A4 rows have three seeds. Rows, columns and resuming are those 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from quality import Quantization, measure_all, parser
+from quality import ROOT, Quantization, load_results, measure_all, parser, put, several_seeds, table
 
 METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "best")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
@@ -31,6 +32,15 @@ TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
 )
+SUMMARY = (
+    "lsq W4A4",
+    "efficientdm W4A4",
+    "best W8A8",
+    "best W4A4",
+    "best W2A8",
+    "best-binary W1.1A4",
+)  # for the README
+SUMMARY_COLUMNS = ("recipe", "bits", "PSNR (dB)", "Fréchet distance to full precision", "MB on disk", "minutes")
 
 
 def league() -> Iterator[tuple[str, str, list[str], str | None]]:
@@ -61,6 +71,17 @@ def main() -> None:
         if recipe in (settings.recipes or [recipe]) and bits in (settings.bits or [bits])
     ]
     measure_all(settings, rows)
+    summarize(load_results(settings))
+
+
+def summarize(results: dict[str, Any]) -> None:
+    """Write the README's few rows."""
+    chosen = [
+        row
+        for row in several_seeds(results["rows"])
+        if f"{row['recipe']} {row['bits']}" in SUMMARY and row["effort"] == "standard" and not row["overrides"]
+    ]
+    put(ROOT / "README.md", "summary", table(chosen, SUMMARY_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -233,12 +233,9 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
 def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
     """Put the table between the page's markers that are named for the results file."""
     rows = several_seeds(sorted(results["rows"], key=_place))
-    columns = {name: [column(row) for row in rows] for name, column in COLUMNS.items()}
     quantized = [row for row in rows if row["recipe"] != FULL_PRECISION]
     values = {name: {COLUMNS[name](row) for row in quantized} for name in CONSTANT}
     same = {name: found.pop() for name, found in values.items() if len(found) == 1}
-    columns = {name: cells for name, cells in columns.items() if name not in same}
-    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     settings, machine, versions = results["settings"], results["machine"], results["versions"]
     caption = (
         f"`{settings['source']}`, {settings['num_images']} images of {settings['steps']} steps each; "
@@ -247,8 +244,13 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
         f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores, "
         f"{machine['threads']} used), " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    put(page, file.stem, f"{table}\n\n{caption}")
+    put(page, file.stem, f"{table(rows, [name for name in COLUMNS if name not in same])}\n\n{caption}")
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """A Markdown table of rows as :func:`several_seeds` makes them."""
+    cells = [list(columns), ["---"] * len(columns), *([COLUMNS[name](row) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def put(page: Path, name: str, content: str) -> None:
@@ -319,7 +321,7 @@ def _number(values: Sequence[float | None], digits: int) -> str:
     if not found:
         return "-"
     low, mean, high = (f"{value:,.{digits}f}" for value in (min(found), fmean(found), max(found)))
-    return mean if len(found) == 1 else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _processor() -> str:
