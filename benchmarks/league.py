@@ -24,6 +24,7 @@ ABLATIONS = (
     ("dilatequant", "W4A4", ["rewrites=[{kind: split-concatenation}]"]),
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
+    ("best-binary", "W1.1A4", ["activations.per_step=true"]),
 )
 TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[]"],
