@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
-from quality import ROOT, put, write
+from quality import ROOT, markdown, put, write
 from torch import nn
 
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase
@@ -104,11 +104,11 @@ def main() -> None:
 
 
 def table(settings: dict[str, Any], rows: dict[str, dict[str, float]]) -> str:
-    lines = ["| distillation | memory while training (MB) | kept on disk (MB) |", "|---|---|---|"]
-    lines += [f"| {name} | {row['memory_mb']:,.0f} | {row['disk_mb']:,.0f} |" for name, row in rows.items()]
+    lines = [[name, f"{row['memory_mb']:,.0f}", f"{row['disk_mb']:,.0f}"] for name, row in rows.items()]
+    cells = markdown(["distillation", "memory while training (MB)", "kept on disk (MB)"], lines)
     ratio = rows["block-wise"]["memory_mb"] / rows["end to end"]["memory_mb"]
     about = f"Block-wise: {ratio:.2f} of end to end. " + ", ".join(f"{key} {value}" for key, value in settings.items())
-    return "\n".join([*lines, "", f"{about}."])
+    return f"{cells}\n\n{about}."
 
 
 if __name__ == "__main__":

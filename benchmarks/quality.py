@@ -156,7 +156,8 @@ def measure_all(settings: argparse.Namespace, quantizations: Sequence[Quantizati
         results["rows"].append(row)
         write(settings.results, json.dumps(results, indent=2) + "\n")
         write_table(settings.page, settings.results, results)
-        print(" | ".join(column(several_seeds([row])[0]) for column in COLUMNS.values()), flush=True)
+        (shown,) = several_seeds([row])
+        print(" | ".join(column(shown) for column in COLUMNS.values()), flush=True)
 
     if not done:
         finish(full_precision_row(settings.source, judge, settings.work))
@@ -232,7 +233,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
 
 def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
     """Put the table between the page's markers that are named for the results file."""
-    rows = several_seeds(sorted(results["rows"], key=_place))
+    rows = several_seeds(results["rows"])
     quantized = [row for row in rows if row["recipe"] != FULL_PRECISION]
     values = {name: {COLUMNS[name](row) for row in quantized} for name in CONSTANT}
     same = {name: found.pop() for name, found in values.items() if len(found) == 1}
@@ -249,8 +250,11 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """A Markdown table of rows as :func:`several_seeds` makes them."""
-    cells = [list(columns), ["---"] * len(columns), *([COLUMNS[name](row) for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return markdown(columns, [[COLUMNS[name](row) for name in columns] for row in rows])
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def put(page: Path, name: str, content: str) -> None:
@@ -264,10 +268,10 @@ def put(page: Path, name: str, content: str) -> None:
 
 
 def several_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ in the seed alone as one, with a list of seeds and of everything that was measured."""
+    """The rows in order; those that differ in the seed alone as one, with lists of seeds and of what was measured."""
     named = [field.name for field in fields(Quantization) if field.name != "seed"]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_place):
         groups.setdefault(json.dumps([row[name] for name in named]), []).append(row)
     return [
         {key: value if key in named else [row[key] for row in group] for key, value in group[0].items()}

@@ -83,9 +83,12 @@ class _FakeQuantize(torch.autograd.Function):
         residual = u - v
         clipped = residual.abs().sub_(0.5).ceil_().clamp_(0, 1)
         lost = grad * clipped
-        # residual in range; where clipped, residual + v = u
-        grad_scale = residual.addcmul_(v, clipped).mul_(grad).sum_to_size(scale.shape)
-        grad_zero_point = lost.mul(scale).sum_to_size(zero_point.shape).neg_()
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1]:
+            # residual in range; where clipped, residual + v = u
+            grad_scale = residual.addcmul_(v, clipped).mul_(grad).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            grad_zero_point = lost.mul(scale).sum_to_size(zero_point.shape).neg_()
         return grad - lost, grad_scale, grad_zero_point, None
 
 

@@ -44,9 +44,8 @@ def precondition(
     tables.attach(denoiser)
     for step in range(len(pool.timesteps)):
         call, target = pool.batch(pool.indices_at(step)[:images])
-        sample = call.arguments[sample_name(denoiser)]
+        target, sample = shared(target, call.arguments[sample_name(denoiser)])
         output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
-        target, sample = shared(target, sample)
         output, sample, target = (pool.guided(rows) for rows in (output, sample, target))
         tables.out[step], tables.skip[step] = fit(output, sample, target, averaged)
         progress(step + 1, len(pool.timesteps))
