@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bitstep.steps import StepCursor, interpolate, per_sample
 
-NAME = "preconditioning"
 _TINY = 1e-30
 
 
@@ -32,6 +31,7 @@ class Preconditioning(nn.Module):
     meant. Starts as the identity.
     """
 
+    NAME: ClassVar = "preconditioning"  # its name in the denoiser
     out: Tensor
     skip: Tensor
 
@@ -45,7 +45,7 @@ class Preconditioning(nn.Module):
     def attach(self, denoiser: nn.Module) -> None:
         """Become a part of ``denoiser`` and change what its forward passes return."""
         self._sample = sample_name(denoiser)
-        denoiser.add_module(NAME, self)
+        denoiser.add_module(self.NAME, self)
         # first of all hooks: the cursor's own forgets the position
         denoiser.register_forward_hook(self._called, with_kwargs=True, prepend=True)
 

@@ -9,13 +9,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor
 
-from bitstep import preconditioning
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
 from bitstep.errors import BitstepError, UsageError
 from bitstep.preconditioning import Preconditioning
 from bitstep.runtime import fused
-from bitstep.runtime.attention import NAME, PackedAttention
+from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import InputRows, PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
@@ -103,7 +102,11 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not safe_serialization:
             raise UsageError("packed models are saved as safetensors only: leave safe_serialization on")
         manifest = self.quantization_config.manifest
-        packed = {*manifest.layers, *(f"{name}.{NAME}" for name in manifest.attention), preconditioning.NAME}
+        packed = {
+            *manifest.layers,
+            *(f"{name}.{PackedAttention.NAME}" for name in manifest.attention),
+            Preconditioning.NAME,
+        }
 
         def stored(key: str, tensor: Tensor) -> Tensor:
             owner, _, name = key.rpartition(".")

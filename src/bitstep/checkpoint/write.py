@@ -12,11 +12,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from bitstep import preconditioning
 from bitstep.checkpoint.config import AttentionEntry, BitstepConfig, Grid, LayerEntry, Macs, Manifest
 from bitstep.checkpoint.plugin import BitstepQuantizer
 from bitstep.numerics.packing import QuantizedWeight, pack
-from bitstep.runtime.attention import NAME
+from bitstep.preconditioning import Preconditioning
+from bitstep.runtime.attention import PackedAttention
 from bitstep.steps import StepGrid
 
 
@@ -87,9 +87,9 @@ class PackedOperands:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors under the names they have on disk."""
-        scales = {f"{NAME}.{name}_scale": scale.detach() for name, (scale, _) in self.tables.items()}
+        scales = {f"{PackedAttention.NAME}.{name}_scale": scale.detach() for name, (scale, _) in self.tables.items()}
         return scales | {
-            f"{NAME}.{name}_zero_point": zero_point.detach().to(torch.uint8)
+            f"{PackedAttention.NAME}.{name}_zero_point": zero_point.detach().to(torch.uint8)
             for name, (_, zero_point) in self.tables.items()
         }
 
@@ -122,7 +122,7 @@ def pack_model(
         step_grid=None if grid is None else Grid(keys=list(grid.keys), unit=grid.unit),
         layers={name: layer.entry() for name, layer in layers.items()},
         attention={name: operands.entry() for name, operands in attention.items()},
-        preconditioned=hasattr(denoiser, preconditioning.NAME),
+        preconditioned=hasattr(denoiser, Preconditioning.NAME),
         modules_to_not_convert=dict(modules_to_not_convert),
         macs=Macs(total=total_macs, quantized=sum(part.macs for part in parts.values())),
         recipe=dict(recipe),

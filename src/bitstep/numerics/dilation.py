@@ -25,8 +25,8 @@ CAP = 16.0
 
 
 @dataclass(frozen=True)
-class DilationStatistics:
-    """What dilation did to one layer.
+class StretchStatistics:
+    """What stretching the weights of one layer, by whatever rule, did to it.
 
     unsaturated: share of input channels that were stretched
     median: of s, over all input channels
@@ -73,18 +73,18 @@ def stretched(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     return (grouped * per_group).flatten(0, 1)
 
 
-def statistics(scale: Tensor, channel_range: Tensor) -> DilationStatistics:
+def statistics(scale: Tensor, channel_range: Tensor) -> StretchStatistics:
     """What dividing an input of that ``channel_range`` ``[in]`` by ``scale`` ``[in]`` gains."""
     before = channel_range.max()
     after = (channel_range / scale).max()
-    return DilationStatistics(
+    return StretchStatistics(
         unsaturated=float((scale > 1).float().mean()),
         median=float(scale.median()),
         range_shrink=float(after / before) if before > 0 else 1.0,
     )
 
 
-def summary(layers: Iterable[DilationStatistics]) -> str:
+def summary(layers: Iterable[StretchStatistics]) -> str:
     """One line about all rewritten layers, each counting once."""
     layers = list(layers)
     unsaturated = mean(layer.unsaturated for layer in layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,6 @@ from torch import Tensor, nn
 from bitstep.attention import OPERANDS, intercept
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.steps import StepCursor, interpolate, interpolate_scale, per_sample
-
-NAME = "attention_operands"
-"""Under this name the module that computes attention holds its :class:`PackedAttention`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class PackedAttention(nn.Module):
     cursor: the model's; None where all tables are static.
     """
 
+    NAME: ClassVar = "attention_operands"  # its name in the module that computes the attention
+
     def __init__(self, attention_format: AttentionFormat, cursor: StepCursor | None) -> None:
         super().__init__()
         self.format, self.cursor = attention_format, cursor
@@ -43,7 +43,7 @@ class PackedAttention(nn.Module):
 
     def attach(self, site: nn.Module) -> None:
         """Become a part of ``site`` and round the operands of the attention that it computes."""
-        site.add_module(NAME, self)
+        site.add_module(self.NAME, self)
         intercept(site, self)
 
     def forward(self, operand: str, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bitstep.attention import OPERANDS, intercept
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, Rewrite, UniformWeights
-from bitstep.numerics.dilation import DilationStatistics, statistics, stretched
+from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe
@@ -36,7 +36,7 @@ class Student:
     structure: Structure
     cursor: StepCursor
     attention: dict[str, AttentionQuantizer]
-    rewritten: dict[str, DilationStatistics]
+    rewritten: dict[str, StretchStatistics]
 
 
 def prepare(
