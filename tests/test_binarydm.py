@@ -312,6 +312,19 @@ def test_warm_up_goes_from_the_middle_outward_and_to_activations_last() -> None:
     assert switched(2)[0] == switched(2)[0] != switched(8)[0]
 
 
+def test_warm_up_trains_what_is_binary_already() -> None:
+    _, context, _ = prepared()
+    unit_of(context, WarmUp(share=0.8)).loss(2).backward()
+    enabled, trained = {}, {}
+    for name, layer in context.layers.items():
+        assert isinstance(layer.weight_quantizer, BinaryWeight)
+        enabled[name] = layer.weight_quantizer.enabled
+        trained[name] = layer.weight_quantizer.log_scale.grad is not None
+        assert trained[name] == (layer.weight_quantizer.source.weight.grad is not None)
+    assert trained == enabled
+    assert 0 < sum(trained.values()) < len(trained)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_warm_up_is_over_at_the_last_iteration(share: float) -> None:
     _, context, _ = prepared()

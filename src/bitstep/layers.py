@@ -56,9 +56,13 @@ class FakeQuantized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The quantized weight (diffusers reads ``layer.weight.dtype`` in places)."""
+        """The quantized weight (diffusers reads ``layer.weight.dtype`` in places).
+
+        While its quantizer is not enabled the weight is not trained: without rounding its gradients are so small that
+        Adam, which scales steps by those it remembers, would leap once rounding begins.
+        """
         quantizer = self.weight_quantizer
-        return quantizer.fake() if quantizer.enabled else quantizer.source()
+        return quantizer.fake() if quantizer.enabled else quantizer.source().detach()
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         if self.channel_reciprocal is not None:

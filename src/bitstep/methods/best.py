@@ -1,15 +1,38 @@
 """What works best together: for weights of 2 bits and more EfficientDM, ranges smoothed and the output preconditioned;
-for weights of about one bit BinaryDM with such an output."""
+for weights of about one bit BinaryDM's bases, activations with a zero point, EfficientDM's distillation, and such an
+output."""
 
 from __future__ import annotations
 
-from bitstep.methods.base import Output
-from bitstep.methods.binarydm import BINARYDM
-from bitstep.methods.efficientdm import EFFICIENTDM
+from bitstep.methods.base import Activations, LearningRates, Output
+from bitstep.methods.binarydm import BINARY_BASELINE
+from bitstep.methods.efficientdm import EFFICIENTDM, TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
 BEST = EFFICIENTDM.model_copy(
     update={"name": "best", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
 )
 
-BEST_BINARY = BINARYDM.model_copy(update={"name": "best-binary", "output": Output(preconditioned=True)})
+_SHORT = {"weight": 1e-2, "weight_scale": 1e-2, "activation_scale": 1e-2, "activation_zero_point": 5e-2}
+
+BEST_BINARY = BINARY_BASELINE.model_copy(
+    update={
+        "name": "best-binary",
+        "activations": Activations(per_step=False),  # signed codes would go unused by half behind a SiLU
+        "output": Output(preconditioned=True),
+        "training": (
+            BINARY_BASELINE.training[0].model_copy(
+                update={
+                    "objective": TrajectoryDistillation(emphasis=0.5),
+                    "learning_rates": LearningRates(
+                        weight=3e-4, weight_scale=3e-4, activation_scale=3e-4, activation_zero_point=1e-3
+                    ),
+                }
+            ),
+        ),
+        "efforts": {
+            effort: {**settings, "training.0.learning_rates": _SHORT}
+            for effort, settings in BINARY_BASELINE.efforts.items()
+        },
+    }
+)

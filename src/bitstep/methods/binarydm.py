@@ -137,7 +137,8 @@ class Mimicking(Technique):
 
 class WarmUp(Technique):
     """Progressive warm-up: weights turn binary layer by layer, from the middle of the denoiser outward, then
-    activations are quantized in the same order, attention last; all are after ``share`` of the iterations."""
+    activations are quantized in the same order, attention last; all are after ``share`` of the iterations. A layer is
+    trained from the iteration on at which it turns binary."""
 
     kind: Literal["warm-up"] = "warm-up"
     share: Share = 0.5
