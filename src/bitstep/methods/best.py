@@ -1,11 +1,11 @@
 """What works best together: for weights of 2 bits and more EfficientDM, ranges smoothed and the output preconditioned;
-for weights of about one bit BinaryDM's bases, activations with a zero point, EfficientDM's distillation, and such an
-output."""
+for weights of about one bit BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's distillation, and
+such an output."""
 
 from __future__ import annotations
 
 from bitstep.methods.base import Activations, LearningRates, Output
-from bitstep.methods.binarydm import BINARY_BASELINE
+from bitstep.methods.binarydm import BINARY_BASELINE, WarmUp
 from bitstep.methods.efficientdm import EFFICIENTDM, TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
@@ -24,6 +24,7 @@ BEST_BINARY = BINARY_BASELINE.model_copy(
             BINARY_BASELINE.training[0].model_copy(
                 update={
                     "objective": TrajectoryDistillation(emphasis=0.5),
+                    "techniques": (WarmUp(share=0.1),),
                     "learning_rates": LearningRates(
                         weight=3e-4, weight_scale=3e-4, activation_scale=3e-4, activation_zero_point=1e-3
                     ),
