@@ -264,7 +264,6 @@ _SHORT = {
 }
 _QUICK = {**_SHORT, "calibration.images": 32, "training.0.iterations": 250}
 _STANDARD = {**_SHORT, "calibration.images": 64, "training.0.iterations": 1_200}
-_TECHNIQUES = {"training.0.techniques.0.share": 0.1, "training.0.techniques.1.weight": 1e-2}
 
 
 def _trained_with(*techniques: Technique) -> tuple[Phase, ...]:
@@ -295,7 +294,10 @@ BINARYDM = BINARY_BASELINE.model_copy(
     update={
         "name": "binarydm",
         "training": _trained_with(WarmUp(), Mimicking()),
-        "efforts": {"quick": {**_QUICK, **_TECHNIQUES}, "standard": {**_STANDARD, **_TECHNIQUES}},
+        "efforts": {
+            effort: {**settings, "training.0.techniques.0.share": 0.1}
+            for effort, settings in BINARY_BASELINE.efforts.items()
+        },
     }
 )
 
@@ -304,9 +306,5 @@ BINARYDM_EBB = BINARY_BASELINE.model_copy(
         "name": "binarydm-ebb",
         "weights": BinaryWeights(evolvable=True),
         "training": _trained_with(EvolvableBasis(), Mimicking()),
-        "efforts": {
-            effort: {**settings, "training.0.techniques.1.weight": 1e-2}
-            for effort, settings in BINARY_BASELINE.efforts.items()
-        },
     }
 )
