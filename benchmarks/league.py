@@ -21,15 +21,15 @@ IMAGES = "../shared/data/fruits32"
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
+    ("efficientdm", "W4A4", ["attention.quantized=true"]),  # all of dilatequant's coverage
     ("dilatequant", "W4A4", ["rewrites=[{kind: split-concatenation}]"]),
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
-    ("best-binary", "W1.1A4", ["activations.per_step=true"]),
 )
 TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[]"],
-    ["training.0.techniques=[{kind: mimicking, weight: 0.01}]"],
-    ["training.0.techniques=[{kind: mimicking, weight: 0.01, rank: 1.0}]"],
+    ["training.0.techniques=[{kind: mimicking}]"],
+    ["training.0.techniques=[{kind: mimicking, rank: 1.0}]"],
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
 )
