@@ -39,6 +39,7 @@ SUMMARY = (
     "best W8A8",
     "best W4A4",
     "best W2A8",
+    "binarydm W1.1A4",
     "best-binary W1.1A4",
 )  # for the README
 SUMMARY_COLUMNS = ("recipe", "bits", "PSNR (dB)", "Fréchet distance to full precision", "MB on disk", "minutes")
