@@ -1,31 +1,24 @@
 """Training losses of rows of quality.py or league.py in one picture, as moving means over the iterations.
 
-    python benchmarks/curves.py --out docs/images/warm-up.png binarydm-W1.1A4-quick-0 binarydm-W1.1A4-standard-0
+    python benchmarks/curves.py --out docs/images/warm-up.png binarydm-W1.1A4-quick-0-training.0.techniques=_
 
 Rows go by the names of the folders that those scripts leave in their work folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from quality import ROOT, slug
+from pictures import parser
+from quality import slug
 
 AVERAGED = 25  # iterations
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", metavar="NAME")
-    parser.add_argument("--titles", nargs="+", help="instead of the names")
-    parser.add_argument("--source", default="demo:fruits32")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")
-    parser.add_argument("--out", type=Path, required=True)
-    settings = parser.parse_args()
+    settings = parser(__doc__).parse_args()
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, title in zip(settings.rows, settings.titles or settings.rows, strict=True):
