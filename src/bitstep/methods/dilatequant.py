@@ -83,7 +83,7 @@ DILATEQUANT = Method(
         "standard": {
             **_SHORT,
             "calibration.images": 64,
-            "training.0.objective.samples": 512,  # running the model to record a block costs as much as training it
+            "training.0.objective.samples": 512,  # each costs a pass of both models per block: time for training it
             "training.0.iterations": 300,
         },
     },
