@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 DOCUMENT = ROOT / "docs/performance.md"
 
@@ -341,22 +341,16 @@ def compare_first_images(rounds: int) -> list[dict[str, Any]]:
 def table(comparison: dict[str, Any], of: str = "") -> str:
     rows = comparison["rows"]
     median = {row["name"]: row["median_ms"] for row in rows if "median_ms" in row}
-    lines = [
-        f"### {comparison['model']}, batch {comparison['batch']}{of}",
-        "",
-        f"| runtime | median ms | quartiles apart ms | {PEER} = 1 | resident MB | less imports MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["runtime", "median ms", "quartiles apart ms", f"{PEER} = 1", "resident MB", "less imports MB"]
+    lines = []
     for row in sorted(rows, key=lambda row: row.get("median_ms", float("inf"))):
         if "failed" in row:
-            lines.append(f"| {row['name']} | {row['failed']} | | | | |")
+            lines.append([row["name"], row["failed"], "", "", "", ""])
             continue
         ratio = f"{median[PEER] / row['median_ms']:.2f}x" if PEER in median else ""
-        lines.append(
-            f"| {row['name']} | {row['median_ms']:.1f} | {row['spread_ms']:.1f} | {ratio} | {row['resident_mb']:.0f} "
-            f"| {row['model_mb']:.0f} |"
-        )
-    return "\n".join(lines)
+        times = f"{row['median_ms']:.1f}", f"{row['spread_ms']:.1f}"
+        lines.append([row["name"], *times, ratio, f"{row['resident_mb']:.0f}", f"{row['model_mb']:.0f}"])
+    return f"### {comparison['model']}, batch {comparison['batch']}{of}\n\n{markdown(columns, lines)}"
 
 
 def document(results: dict[str, Any]) -> str:
@@ -368,14 +362,9 @@ def document(results: dict[str, Any]) -> str:
     if "sampling" in results:
         parts.append(table(results["sampling"], f": {STEPS} steps of DDIM, the whole pipeline"))
     if "first_image" in results:
-        lines = [
-            f"### A: from `from_pretrained` to an image of {STEPS} steps, in a fresh process",
-            "",
-            "| runtime | seconds | with all imports |",
-            "|---|---|---|",
-        ]
-        rows = [f"| {r['name']} | {r['without_s']:.2f} | {r['with_imports_s']:.2f} |" for r in results["first_image"]]
-        parts.append("\n".join(lines + rows))
+        parts.append(f"### A: from `from_pretrained` to an image of {STEPS} steps, in a fresh process")
+        lines = [[r["name"], f"{r['without_s']:.2f}", f"{r['with_imports_s']:.2f}"] for r in results["first_image"]]
+        parts.append(markdown(["runtime", "seconds", "with all imports"], lines))
     return "\n\n".join(parts)
 
 
@@ -416,8 +405,7 @@ def main() -> None:
     comparisons = results["comparisons"]
 
     def save() -> None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        write(arguments.out, json.dumps(results, indent=1) + "\n")
 
     for name, batch in COMPARISONS:
         done = any(c["model"] == name and c["batch"] == batch for c in comparisons)
@@ -431,9 +419,7 @@ def main() -> None:
         results["first_image"] = compare_first_images(arguments.rounds)
         save()
     if arguments.out == RESULTS:
-        before, _, rest = DOCUMENT.read_text().partition("<!-- results -->")
-        _, _, after = rest.partition("<!-- end of results -->")
-        DOCUMENT.write_text(f"{before}<!-- results -->\n{document(results)}\n<!-- end of results -->{after}")
+        put(DOCUMENT, RESULTS.stem, document(results))
     else:
         print(document(results))
 

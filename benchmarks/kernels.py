@@ -20,15 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pages import ROOT, markdown, put, write
 
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime.cpu import Before, Convolution, attention
 from bitstep.runtime.kernel import LayerTensors, Problem
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/kernels.json"
 DOCUMENT = ROOT / "docs/performance.md"
-MARKERS = ("<!-- kernels -->", "<!-- end of kernels -->")
 
 PEAK = """
 #include <immintrin.h>
@@ -156,29 +155,23 @@ def measure_once() -> list[Row]:
 
 def table(results: dict[str, object]) -> str:
     top = float(str(results["peak"]))
-    lines = [
-        f"Peak: {top:.0f} GOP/s a thread, `vpdpbusd` on registers; quantization of the input is in every time.",
-        "",
-        "| kernel | shape | ms | GOP/s | of the peak |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     rows = results["rows"]
     assert isinstance(rows, list)
     for row in (Row(**row) for row in rows):
         rate = row.operations / row.milliseconds / 1e6
-        reached = f"{rate:.0f} | {rate / top:.2f}" if rate else "|"
-        lines.append(f"| {row.kernel} | {row.shape} | {row.milliseconds:.3f} | {reached} |")
-    return "\n".join(lines)
+        reached = (f"{rate:.0f}", f"{rate / top:.2f}") if rate else ("", "")
+        lines.append([row.kernel, row.shape, f"{row.milliseconds:.3f}", *reached])
+    about = f"Peak: {top:.0f} GOP/s a thread, `vpdpbusd` on registers; quantization of the input is in every time."
+    return f"{about}\n\n{markdown(['kernel', 'shape', 'ms', 'GOP/s', 'of the peak'], lines)}"
 
 
 def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     results: dict[str, object] = {"peak": peak(), "rows": [asdict(row) for row in measure()]}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, rest = DOCUMENT.read_text().partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    DOCUMENT.write_text(f"{before}{MARKERS[0]}\n{table(results)}\n{MARKERS[1]}{after}")
+    write(RESULTS, json.dumps(results, indent=1) + "\n")
+    put(DOCUMENT, RESULTS.stem, table(results))
 
 
 if __name__ == "__main__":

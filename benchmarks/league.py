@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quality import ROOT, Quantization, load_results, measure_all, parser, put, several_seeds, table
+from pages import ROOT, put
+from quality import Quantization, load_results, measure_all, parser, several_seeds, table
 
 METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "best")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")

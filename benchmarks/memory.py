@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
-from quality import ROOT, markdown, put, write
+from pages import ROOT, markdown, put, write
 from torch import nn
 
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase

@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from pages import ROOT
 from PIL import Image
-from quality import ROOT, slug
+from quality import slug
 
 SIDE = 4  # pictures in a row and in a column of each panel
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import diffusers
 import torch
+from pages import ROOT, markdown, put, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +39,6 @@ from bitstep.recipe import parse_bits
 from bitstep.stages.evaluate import extract, load_features
 from bitstep.stages.sample import read, save
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SAMPLE_SEED = 1_000_003  # quantization draws its trajectories from other seeds
 BATCH = 64
@@ -253,20 +253,6 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     return markdown(columns, [[COLUMNS[name](row) for name in columns] for row in rows])
 
 
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
-
-
-def put(page: Path, name: str, content: str) -> None:
-    """Put ``content`` between the markers of that name, at the end of the page where there are none."""
-    begin, end = (f"<!-- {word} {name} -->" for word in ("begin", "end"))
-    text = page.read_text() if page.exists() else "# Results\n\nMeasured by the scripts in `benchmarks/`.\n"
-    if begin not in text:
-        text += f"\n{begin}\n{end}\n"
-    head, _, rest = text.partition(begin)
-    write(page, f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}")
-
-
 def several_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows in order; those that differ in the seed alone as one, with lists of seeds and of what was measured."""
     named = [field.name for field in fields(Quantization) if field.name != "seed"]
@@ -277,13 +263,6 @@ def several_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {key: value if key in named else [row[key] for row in group] for key, value in group[0].items()}
         for group in groups.values()
     ]
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
