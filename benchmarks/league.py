@@ -23,7 +23,7 @@ ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("efficientdm", "W4A4", ["attention.quantized=true"]),  # all of dilatequant's coverage
-    ("dilatequant", "W4A4", ["rewrites=[{kind: split-concatenation}]"]),
+    ("dilatequant", "W4A4", ["rewrites=[{kind: smoothing}]"]),
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
 )

@@ -25,6 +25,16 @@ def test_full_effort_is_the_published_setting() -> None:
     assert (phase.iterations, phase.batch_size) == (16_000, 4)
 
 
+def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: best\ncalibration: {images: 8}\n")
+    assert resolve("best", "W3A8").method.name == "best"
+    for bits in ("W1A4", "W1.1A4", "W2A8"):
+        few = resolve("best-binary", bits)
+        assert resolve("best", bits) == few
+        assert resolve(path, bits).method.weights == few.method.weights
+
+
 def test_overrides_reach_nested_slots() -> None:
     recipe = resolve("efficientdm", "W4A8", "full", ["training.0.learning_rates.adapter=0.01", "weights.rank=8"])
     assert (recipe.weight_bits, recipe.activation_bits) == (4, 8)

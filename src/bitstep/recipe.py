@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from bitstep.errors import UsageError
-from bitstep.methods import METHODS
+from bitstep.methods import METHODS, named
 from bitstep.methods.base import Effort, Method
 from bitstep.slots import Slot, nearest
 from bitstep.surgery import WEIGHT_ONLY_BITS
@@ -43,7 +43,9 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
     """
     if effort not in get_args(Effort):
         raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
-    layers = _from_file(Path(recipe)) if str(recipe).endswith((".yaml", ".yml")) else [_from_name(str(recipe))]
+    weight_bits, activation_bits = parse_bits(bits)
+    from_file = str(recipe).endswith((".yaml", ".yml"))
+    layers = _from_file(Path(recipe), weight_bits) if from_file else [_from_name(str(recipe), weight_bits)]
     settings: dict[str, Any] = {}
     for layer in layers:
         settings = _merge(settings, layer)
@@ -55,7 +57,6 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
             raise UsageError(f"expected slot.key=value, got {override!r}")
         _put(settings, path.strip(), _value(override, value))
     method = _validate(settings).model_copy(update={"efforts": {}})  # the one that was asked for is in the slots now
-    weight_bits, activation_bits = parse_bits(bits)
     try:
         method.weights.layer_bits(weight_bits)
     except ValueError as error:
@@ -76,16 +77,16 @@ def parse_bits(bits: str) -> tuple[float, int]:
     return weight, activation
 
 
-def _from_name(name: Any) -> dict[str, Any]:
+def _from_name(name: Any, weight_bits: float) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
         raise UsageError(
             f"unknown recipe {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
         )
-    settings: dict[str, Any] = METHODS[name].model_dump(mode="json")
+    settings: dict[str, Any] = named(name, weight_bits).model_dump(mode="json")
     return settings
 
 
-def _from_file(path: Path) -> list[dict[str, Any]]:
+def _from_file(path: Path, weight_bits: float) -> list[dict[str, Any]]:
     """The method that a file starts from, if any, and what the file says."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -93,7 +94,7 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
-    base = [_from_name(content.pop("base"))] if "base" in content else []
+    base = [_from_name(content.pop("base"), weight_bits)] if "base" in content else []
     return [*base, {"name": path.stem, **content}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitstep.methods.base import Method
 from bitstep.methods.baselines import ADAROUND, LSQ, MINMAX, MSE
 from bitstep.methods.best import BEST, BEST_BINARY
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
@@ -24,3 +25,13 @@ METHODS = {
         BEST_BINARY,
     )
 }
+_TWO_BITS = 2
+
+
+def named(name: str, weight_bits: float) -> Method:
+    """The method of that name. ``best`` stands for what wins at the width: up to two bits a weight, ``best-binary``.
+
+    KeyError where there is none.
+    """
+    method = METHODS[name]
+    return BEST_BINARY if method is BEST and weight_bits <= _TWO_BITS else method

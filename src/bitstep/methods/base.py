@@ -52,7 +52,7 @@ class UniformWeights(Weights):
 
     def layer_bits(self, bits: float) -> int:
         if bits not in range(2, 9):
-            raise ValueError(f"uniform weights take 2 to 8 whole bits (1 to 2: recipe best-binary), got {bits:g}")
+            raise ValueError(f"uniform weights take 2 to 8 whole bits (1 to 2: recipe best), got {bits:g}")
         return int(bits)
 
     def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:

@@ -1,5 +1,5 @@
 """What works best together: for weights of 2 bits and more EfficientDM, ranges smoothed and the output preconditioned;
-for weights of about one bit BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's distillation,
+for weights of one to two bits BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's distillation,
 and such an output."""
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ and where one norm feeds three projections, it cannot be.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -48,7 +48,8 @@ class Dilation(Rewrite):
         return range_aware(scale, channel_range) if self.range_aware else scale
 
 
-_SHORT = {
+_SHORT: dict[str, Any] = {
+    "rewrites": [{"kind": "smoothing"}, {"kind": "dilation"}],  # smoothing takes the place of splitting
     # few iterations a block: everything has to move faster than in the published schedule
     "calibration.steps": 50,
     "training.0.batch_size": 16,
