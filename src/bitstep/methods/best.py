@@ -1,4 +1,4 @@
-"""What works best together: for weights of 2 bits and more EfficientDM, ranges smoothed and the output preconditioned;
+"""What works best together: for weights of more than two bits EfficientDM, ranges smoothed and the output preconditioned;
 for weights of one to two bits BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's distillation,
 and such an output."""
 
