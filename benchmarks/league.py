@@ -19,11 +19,13 @@ BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
 IMAGES = "../shared/data/fruits32"
+SHORTER = ["training.0.iterations=300", "training.0.learning_rates.weight=5e-2"]
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("efficientdm", "W4A4", ["attention.quantized=true"]),  # all of dilatequant's coverage
-    ("dilatequant", "W4A4", ["rewrites=[{kind: smoothing}]"]),
+    ("dilatequant", "W4A4", SHORTER),
+    ("dilatequant", "W4A4", [*SHORTER, "rewrites=[{kind: smoothing}]"]),  # without dilation
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
 )

@@ -54,7 +54,7 @@ _SHORT: dict[str, Any] = {
     "calibration.steps": 50,
     "training.0.batch_size": 16,
     "training.0.learning_rates": {
-        "weight": 5e-2,
+        "weight": 1e-1,
         "weight_scale": 1e-3,
         "activation_scale": 1e-2,
         "activation_zero_point": 2e-2,
@@ -85,7 +85,7 @@ DILATEQUANT = Method(
             **_SHORT,
             "calibration.images": 64,
             "training.0.objective.samples": 512,  # each costs a pass of both models per block: time for training it
-            "training.0.iterations": 300,
+            "training.0.iterations": 600,
         },
     },
 )
