@@ -1,6 +1,6 @@
-"""What works best together: for weights of more than two bits EfficientDM, ranges smoothed and the output preconditioned;
-for weights of one to two bits BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's distillation,
-and such an output."""
+"""What works best together. For weights of more than two bits: EfficientDM, ranges smoothed and the output
+preconditioned. For one to two bits: BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's
+distillation, and such an output."""
 
 from __future__ import annotations
 
