@@ -23,6 +23,7 @@ def test_sizes_and_operations(packed_pipeline: Path) -> None:
     facts = api.inspect(packed_pipeline)
     unet = build("ddim").unet
     macs = sum(layer["macs"] for layer in facts["layers"])
+    assert facts["recipe"] is facts["bits"] is None  # what made it did not say
     assert facts["average_weight_bits"] == 4
     assert facts["full_precision_bytes"] == 4 * sum(p.numel() for p in unet.parameters())
     assert facts["size_bytes"] == (packed_pipeline / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size

@@ -108,6 +108,8 @@ def test_the_result_is_an_ordinary_pipeline_folder(teacher: str, tmp_path: Path)
     assert images.shape == (1, 8, 8, 3)
     record = json.loads((out / "run" / run.RUN).read_text())
     assert record["recipe"]["method"]["name"] == "efficientdm"
+    facts = bitstep.inspect(out)
+    assert (facts["recipe"], facts["bits"]) == ("efficientdm", record["recipe"]["bits"])
     assert record["versions"]["torch"] == torch.__version__
 
 

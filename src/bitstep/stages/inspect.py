@@ -23,6 +23,7 @@ FULL_PRECISION_BYTES = 4  # of a float32 parameter
 def inspect(directory: Path) -> dict[str, Any]:
     """Size and cost of the packed denoiser in ``directory``, for one forward pass at batch 1.
 
+    recipe, bits: what the file says that it was made with; None where it does not
     average_weight_bits: over the weights of packed layers
     size_bytes, full_precision_bytes, compression: the denoiser on disk, all its parameters in float32, their ratio
     bytes_per_parameter: of the denoiser on disk, scales and tables included
@@ -58,7 +59,10 @@ def inspect(directory: Path) -> dict[str, Any]:
     low_bit = [layer for layer in layers if layer["activation_bits"] is not None]
     bops = sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in low_bit)
     ops = bops / 64 + macs.total - sum(layer["macs"] for layer in low_bit)
+    method = manifest.recipe.get("method")
     return {
+        "recipe": method.get("name") if isinstance(method, dict) else None,
+        "bits": manifest.recipe.get("bits"),
         "average_weight_bits": weight_bits / sum(weights),
         "size_bytes": size,
         "full_precision_bytes": full_size,
