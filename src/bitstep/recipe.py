@@ -155,17 +155,29 @@ def _validate(settings: dict[str, Any]) -> Method:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _fields_beside(first["loc"], settings)
-            raise UsageError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
+            place, key = _mapping_around(first["loc"], settings), str(first["loc"][-1])
+            kind = f" where kind is {place['kind']!r}" if "kind" in place else ""
+            raise UsageError(f"unknown recipe key {where!r}{kind}{nearest(key, _fields_of(place))}") from error
         raise UsageError(f"recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def _fields_beside(location: tuple[int | str, ...], settings: dict[str, Any]) -> set[str]:
-    """Valid field names where an unknown key stood: of any slot with most of that mapping's other keys."""
+def _mapping_around(location: tuple[int | str, ...], settings: dict[str, Any]) -> Mapping[str, Any]:
+    """The mapping that the last key of ``location`` stands in."""
     place: Any = settings
     for part in location[:-1]:
         place = place[part] if not isinstance(part, str) or part in place else place
-    return {field for slot in _all_slots(Slot) if set(place) & set(slot.model_fields) for field in slot.model_fields}
+    return place  # type: ignore[no-any-return]
+
+
+def _fields_of(place: Mapping[str, Any]) -> set[str]:
+    """The field names of the slots that the mapping may be: those of its kind, or else with any of its keys."""
+
+    def fits(fields: Mapping[str, Any]) -> bool:
+        if "kind" in place:
+            return "kind" in fields and fields["kind"].default == place["kind"]
+        return bool(set(place) & set(fields))
+
+    return {field for slot in _all_slots(Slot) if fits(slot.model_fields) for field in slot.model_fields}
 
 
 def _all_slots(cls: type[Slot]) -> Iterable[type[Slot]]:
