@@ -45,7 +45,15 @@ SUMMARY = (
     "binarydm W1.1A4",
     "best-binary W1.1A4",
 )  # for the README
-SUMMARY_COLUMNS = ("recipe", "bits", "PSNR (dB)", "Fréchet distance to full precision", "MB on disk", "minutes")
+SUMMARY_COLUMNS = (
+    "recipe",
+    "bits",
+    "images",
+    "PSNR (dB)",
+    "Fréchet distance to full precision",
+    "MB on disk",
+    "minutes",
+)
 
 
 def league() -> Iterator[tuple[str, str, list[str], str | None]]:
