@@ -25,7 +25,6 @@ METHODS = {
         BEST_BINARY,
     )
 }
-_TWO_BITS = 2
 
 
 def named(name: str, weight_bits: float) -> Method:
@@ -34,4 +33,4 @@ def named(name: str, weight_bits: float) -> Method:
     KeyError where there is none.
     """
     method = METHODS[name]
-    return BEST_BINARY if method is BEST and weight_bits <= _TWO_BITS else method
+    return BEST_BINARY if method is BEST and weight_bits <= 2 else method
