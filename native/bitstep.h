@@ -101,6 +101,9 @@ BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_m
 // y = softmax(scale q k^T) v, per head.
 BITSTEP_API void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
                                    float* y, int threads);
+// The same of operands that are rounded first, the probabilities too; steps of queries, keys, values and probabilities.
+BITSTEP_API void bitstep_coded_attention(const bitstep_attention_shape* shape, const bitstep_step* steps,
+                                         const float* q, const float* k, const float* v, float* y, int threads);
 // y = scale (clip(round(x * (1 / scale)) + zero_point, 0, top) - zero_point), all [count][length].
 BITSTEP_API void bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads);
 // The gradients of LSQ: grad_x [count][length], grad_scale and grad_zero_point [count].

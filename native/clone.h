@@ -17,6 +17,9 @@ using GroupNorm = void(const bitstep_map& map, const bitstep_prologue& prologue,
 // bitstep_attention.
 using Attend = void(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
                     int threads);
+// bitstep_coded_attention.
+using AttendCoded = void(const bitstep_attention_shape& shape, const bitstep_step* steps, const float* q,
+                         const float* k, const float* v, float* y, int threads);
 // bitstep_fake_quantize and bitstep_fake_quantize_backward.
 using FakeQuantize = void(const bitstep_rows& rows, const float* x, float* y, int threads);
 using FakeQuantizeBackward = void(const bitstep_rows& rows, const float* x, const float* grad, float* grad_x,
@@ -27,6 +30,7 @@ struct Clone {
   Convolve* convolve;
   GroupNorm* group_norm;
   Attend* attend;
+  AttendCoded* attend_coded;
   FakeQuantize* fake_quantize;
   FakeQuantizeBackward* fake_quantize_backward;
 };
@@ -41,6 +45,7 @@ Quantize quantize;
 Convolve convolve;
 GroupNorm group_norm;
 Attend attend;
+AttendCoded attend_coded;
 FakeQuantize fake_quantize;
 FakeQuantizeBackward fake_quantize_backward;
 }  // namespace BITSTEP_CLONE

@@ -14,18 +14,23 @@ class Coder {
   Coder(const bitstep_step& step, int sample) {
     const int row = step.rows == 1 ? 0 : sample;
     const float zero_point = step.zero_point[row];
-    reciprocal_ = splat(1.0f / step.scale[row]);
+    scale_ = step.scale[row];
+    reciprocal_ = splat(1.0f / scale_);
     least_ = splat(-zero_point);
     most_ = splat(static_cast<float>(step.top) - zero_point);
     zero_point_ = splat(static_cast<int32_t>(zero_point));
   }
 
-  // Clamped before the conversion, where out of range floats have no int32.
-  I operator()(F x) const { return to_int(min(max(x * reciprocal_, least_), most_)) + zero_point_; }
+  I operator()(F x) const { return centred(x) + zero_point_; }
 
+  // Codes less the zero point. Clamped before the conversion, where out of range floats have no int32.
+  I centred(F x) const { return to_int(min(max(x * reciprocal_, least_), most_)); }
+
+  float scale() const { return scale_; }
   uint8_t zero() const { return static_cast<uint8_t>(zero_point_[0]); }
 
  private:
+  float scale_;
   F reciprocal_, least_, most_;
   I zero_point_;
 };

@@ -93,6 +93,11 @@ void bitstep_attention(const bitstep_attention_shape* shape, const float* q, con
   current()->attend(*shape, q, k, v, y, threads);
 }
 
+void bitstep_coded_attention(const bitstep_attention_shape* shape, const bitstep_step* steps, const float* q,
+                             const float* k, const float* v, float* y, int threads) {
+  current()->attend_coded(*shape, steps, q, k, v, y, threads);
+}
+
 void bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads) {
   current()->fake_quantize(*rows, x, y, threads);
 }

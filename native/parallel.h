@@ -19,7 +19,7 @@ void parallel_for(int64_t count, int threads, const Body& body) {
 
 // Memory of the calling thread that lives until it asks again for the same slot; 64-byte aligned, contents undefined.
 enum class Slot {
-  kCodes, kGroupNorm, kPanel, kTables, kOffsets, kFactors, kRows, kKeys, kKeySteps, kValues, kValueSteps, kQueries, kMixed, kCount
+  kCodes, kGroupNorm, kPanel, kTables, kOffsets, kFactors, kRows, kKeys, kKeySteps, kValues, kValueSteps, kQueries, kMixed, kLogits, kCount
 };
 void* scratch(Slot slot, size_t bytes);
 

@@ -14,7 +14,8 @@ from bitstep.checkpoint import PackedLayer, pack_model
 from bitstep.methods.base import Method
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.recipe import parse_bits
-from bitstep.runtime.layers import InputRows, PackedModule, packed_like
+from bitstep.runtime.layers import PackedModule, packed_like
+from bitstep.runtime.rows import StepRows
 from bitstep.steps import StepCursor, StepGrid
 
 GRID = StepGrid((0.05, 0.3, 0.55, 0.9), 1000.0)
@@ -69,7 +70,7 @@ def random_layer(
 
 def filled(layer: nn.Module, packed: PackedLayer, cursor: StepCursor | None = None) -> PackedModule:
     """The packed layer that takes the place of ``layer``, holding ``packed``."""
-    module = packed_like(layer, packed.entry().layer_format(), None if cursor is None else InputRows(cursor))
+    module = packed_like(layer, packed.entry().layer_format(), None if cursor is None else StepRows(cursor))
     module.load_state_dict(packed.state())
     return module
 

@@ -16,13 +16,18 @@ from pipelines import build, unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitstep.attention import OPERANDS, attention, intercept
+from bitstep import library
+from bitstep.attention import OPERANDS, attend, intercept
 from bitstep.calls import run
 from bitstep.checkpoint import PackedOperands, pack_model
 from bitstep.errors import BitstepError
 from bitstep.methods.base import Activations, AttentionOperands, Method
 from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime import cpu
+from bitstep.runtime.attention import AttentionFormat, PackedAttention
 from bitstep.runtime.dispatch import set_backend
+from bitstep.runtime.fused import fused_blocks
+from bitstep.runtime.replay import Replay
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import roles
 from bitstep.stages.generate import denoiser_name
@@ -55,13 +60,13 @@ def operands(*shape: int, heads: int = 4, keys: int = 7) -> tuple[Tensor, Tensor
 def test_untouched_operands_give_what_torch_gives(options: dict[str, Any]) -> None:
     query, key, value = operands()
     expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(attention(lambda _, x: x, query, key, value, **options), expected)
+    torch.testing.assert_close(attend(lambda _, x: x, query, key, value, **options), expected)
 
 
 def test_grouped_queries() -> None:
     query, key, value = operands(heads=2)
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    torch.testing.assert_close(attention(lambda _, x: x, query, key, value, enable_gqa=True), expected)
+    torch.testing.assert_close(attend(lambda _, x: x, query, key, value, enable_gqa=True), expected)
 
 
 def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
@@ -80,7 +85,7 @@ def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
         seen.append(operand)
         return 2 * x if operand == "value" else x
 
-    handles = intercept(site, double)
+    handles = intercept(site, functools.partial(attend, double))
     torch.testing.assert_close(site(), 2 * expected)
     assert tuple(seen) == (*OPERANDS[:3], "probability")
     with pytest.raises(RuntimeError, match="it failed"):
@@ -132,6 +137,8 @@ def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_p
     with torch.no_grad():
         error = (run(loaded, call) - expected).norm() / expected.norm()
     assert error < 0.05
+    if name == "ddim" and library.instruction_sets():
+        assert SITE in fused_blocks(loaded)
 
 
 def test_operands_are_rounded_at_their_bits_and_timestep_and_learn_as_activations() -> None:
@@ -159,6 +166,53 @@ def with_attention(**change: Any) -> UNet2DModel:
     )
 
 
+@pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
+@pytest.mark.parametrize(
+    ("left_to_torch", "given"),
+    [
+        (False, {}),
+        (False, {"scale": 0.3, "dropout_p": 0.0, "is_causal": False, "attn_mask": None}),
+        (True, {"is_causal": True}),
+        (True, {"attn_mask": torch.arange(35).reshape(5, 7) % 3 > 0}),
+    ],
+)
+def test_packed_operands_run_natively_or_in_torch_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, left_to_torch: bool, given: dict[str, Any]
+) -> None:
+    part = PackedAttention(AttentionFormat(8, 8, 1), None)
+    for operand in OPERANDS:
+        part.get_buffer(f"{operand}_scale").fill_(1 / 255 if operand == "probability" else 1 / 32)
+        part.get_buffer(f"{operand}_zero_point").fill_(0 if operand == "probability" else 128)
+    expected = part(*operands(), **given)
+    assert not torch.equal(expected, F.scaled_dot_product_attention(*operands(), **given))
+    part.native = True
+    calls: list[Tensor] = []
+
+    def natively(*args: Any) -> Tensor:
+        calls.append(cpu.attention(*args))
+        return calls[-1]
+
+    monkeypatch.setattr("bitstep.runtime.attention.attention", natively)
+    got = part(*operands(), **given)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)  # a code of a probability, times the largest value
+    assert bool(calls) != left_to_torch
+
+
+@pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
+def test_passes_with_rounded_attention_are_replayed() -> None:
+    uneven = torch.tensor([0.03, 0.04, 0.06, 0.05]), torch.tensor([3.0, 4.0, 5.0, 6.0])
+    model = with_attention(**dict.fromkeys(OPERANDS, uneven)).eval()
+    plain = copy.deepcopy(model)
+    del plain.forward
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for timestep in (420.0, 51.5, 731.0, 333.0, 60.0, 77.7):
+            assert torch.equal(model(x, torch.tensor(timestep)).sample, plain(x, torch.tensor(timestep)).sample)
+    assert isinstance(model.forward, Replay)
+    assert any(known.proven for known in model.forward.known.values())
+
+
 @pytest.mark.parametrize(
     "table",
     [
@@ -180,5 +234,5 @@ def test_softmax_rows_still_sum_to_about_one() -> None:
         return fake_quantize(x, torch.tensor(1 / 255), torch.tensor(0.0), 8) if operand == "probability" else x
 
     constant = torch.ones_like(value)
-    rows = attention(at_eight_bits, query, key, constant)
+    rows = attend(at_eight_bits, query, key, constant)
     assert math.isclose(float(rows.mean()), 1, abs_tol=0.01)

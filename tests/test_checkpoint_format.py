@@ -73,5 +73,5 @@ def test_a_reader_written_from_the_documentation(bits: int, tmp_path: Path) -> N
     scales, zero_points = tensors["conv_in.input_scale"], tensors["conv_in.input_zero_point"]
     for timestep in (0.0, 50.0, 120.0, 300.0, 777.0, 1000.0):
         with layer.rows.cursor.at(timestep):
-            found = [row.item() for row in layer.rows.of(layer)]
+            found = [row.item() for row in layer.rows.of((layer, "input"))]
         np.testing.assert_allclose(found, read_row(scales, zero_points, config["step_grid"], timestep), rtol=1e-6)

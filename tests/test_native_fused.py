@@ -17,8 +17,11 @@ from test_native import Case, tensors_for
 from torch import Tensor, nn
 
 from bitstep import library
+from bitstep.attention import OPERANDS
 from bitstep.numerics.packing import pack
-from bitstep.runtime.cpu import Before, Convolution, CpuKernel, attention
+from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime.attention import AttentionFormat, PackedAttention
+from bitstep.runtime.cpu import Before, Convolution, CpuKernel, Operand, attention
 from bitstep.runtime.fused import fuse, fused_blocks
 from bitstep.runtime.layers import LayerFormat, packed_like
 from bitstep.runtime.reference import ReferenceKernel
@@ -153,6 +156,46 @@ def test_attention_over_a_map() -> None:
     assert_close(*run_both(block, torch.randn(2, 24, 4, 3)))
 
 
+def rounded(site: nn.Module) -> PackedAttention:
+    """Quantize the operands of the attention that ``site`` computes, in reference arithmetic until told otherwise."""
+    part = PackedAttention(AttentionFormat(4, 8, 1), None)
+    for operand in OPERANDS:
+        top = 2 ** part.format.bits_of(operand) - 1
+        part.get_buffer(f"{operand}_scale").fill_((1 if operand == "probability" else 6) / top)
+        part.get_buffer(f"{operand}_zero_point").fill_(0 if operand == "probability" else top // 2)
+    part.attach(site)
+    return part
+
+
+def test_rounded_attention_over_a_map() -> None:
+    block = Attention(query_dim=24, heads=3, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True)
+    model, x = packed(nn.Sequential(block)), torch.randn(2, 24, 4, 3)
+    unrounded, part = block(x), rounded(block)
+    expected = block(x)
+    part.native = True
+    natively = block(x)
+    assert fuse(model) == ["0"]
+    for y in (natively, block(x)):
+        assert (y - expected).norm() < 0.2 * (unrounded - expected).norm()
+
+
+def test_rounded_attention_in_a_transformer_block() -> None:
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=20)
+    model, x, context = packed(nn.Sequential(block)), torch.randn(2, 9, 16), torch.randn(2, 5, 20)
+    unrounded, parts = block(x, encoder_hidden_states=context), [rounded(block.attn1), rounded(block.attn2)]
+    expected = block(x, encoder_hidden_states=context)
+    for part in parts:
+        part.native = True
+    assert fuse(model)[0] == "0"
+    seen: list[bool] = []
+    for watched in (False, True):
+        if watched:
+            block.attn1.register_forward_hook(lambda *_: seen.append(True))
+        y = block(x, encoder_hidden_states=context)
+        assert (y - expected).norm() < 0.2 * (unrounded - expected).norm()
+    assert seen
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu"])
 def test_transformer_block_with_cross_attention(activation: str) -> None:
     block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=20, activation_fn=activation)
@@ -203,6 +246,46 @@ def test_attention_to_a_key_far_above_the_others() -> None:
     q = k = 5000 * torch.eye(17)[None]
     v = torch.randn(1, 17, 17)
     torch.testing.assert_close(attention(q, k, v, 1), v, rtol=0, atol=1e-3 * float(v.abs().max()))
+
+
+@pytest.mark.parametrize(("queries", "keys", "heads", "channels"), [(37, 300, 3, 17), (5, 5, 2, 64), (33, 1, 1, 40)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_coded_attention_is_exact_but_for_the_softmax(
+    queries: int, keys: int, heads: int, channels: int, bits: int, rows: int
+) -> None:
+    q, k, v = (torch.randn(2, n, heads * channels) for n in (queries, keys, keys))
+    top, uneven = 2**bits - 1, 1 + torch.arange(rows) / 7
+    operands = [Operand(5 * uneven / top, torch.full((rows,), top // 2 + 0.0), bits) for _ in range(3)]
+    fine = 2.0 / keys if keys > 1 else 1.0  # many probabilities are in range and some beyond
+    operands.append(Operand(fine * uneven / 255, torch.full((rows,), 3.0), 8))
+    y = attention(q, k, v, heads, tuple(operands), scale=0.7)
+
+    def rounded(x: Tensor, operand: Operand) -> Tensor:
+        shape = (rows, 1, 1, 1)
+        scale, zero_point = operand.scale.reshape(shape), operand.zero_point.reshape(shape)
+        return fake_quantize(x.float(), scale, zero_point, operand.bits)
+
+    q, k, v = (
+        rounded(x.unflatten(-1, (heads, channels)).transpose(1, 2), operand).double()
+        for x, operand in zip((q, k, v), operands, strict=False)
+    )
+    probability = (0.7 * q @ k.transpose(-2, -1)).softmax(-1)
+    coded = rounded(probability, operands[3]).double()
+    expected = (coded @ v).transpose(1, 2).flatten(-2)
+    # what rounds otherwise in float32 is next to a tie; a sum may see a few such codes of several hundred
+    steps = operands[3].scale.max() * v.abs().max()
+    assert (y - expected).abs().max() < 2.01 * steps
+    assert ((y - expected).abs() > 1e-5 * expected.abs().max()).float().mean() < 0.02
+
+
+def test_coded_attention_of_a_long_row() -> None:
+    q, k = torch.randn(1, 3, 16), torch.randn(1, 5000, 16)
+    rounding = Operand(torch.tensor([0.1]), torch.tensor([128.0]), 8)
+    probability = Operand(torch.tensor([1 / 255]), torch.tensor([0.0]), 8)
+    k[0, 4321] = 10 * q[0, 1]
+    y = attention(q, k, k, 1, (rounding, rounding, rounding, probability))
+    torch.testing.assert_close(y[0, 1], fake_quantize(k[0, 4321], *rounding))
 
 
 def test_a_hook_inside_sees_its_layer() -> None:

@@ -17,7 +17,8 @@ from bitstep.checkpoint import PackedLayer
 from bitstep.errors import BitstepError, UsageError
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
-from bitstep.runtime.layers import InputRows, PackedConv2d, PackedLinear, packed_like
+from bitstep.runtime.layers import PackedConv2d, PackedLinear, packed_like
+from bitstep.runtime.rows import StepRows
 from bitstep.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
@@ -76,7 +77,7 @@ def test_fake_equals_packed(kind: str, weight_bits: int, activation_bits: int | 
 
 def test_a_row_depends_neither_on_its_batch_nor_on_the_other_layers() -> None:
     cursor = StepCursor(GRID)
-    shared = InputRows(cursor)
+    shared = StepRows(cursor)
     layers = []
     for seed in range(40):
         packed = random_layer(nn.Linear(3, 2), steps=len(GRID), seed=seed)
@@ -86,7 +87,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_other_layers() -> None:
 
     def rows(timestep: Tensor) -> list[tuple[Tensor, Tensor]]:
         with cursor.at(timestep):
-            return [shared.of(module) for _, module in layers]
+            return [shared.of((module, "input")) for _, module in layers]
 
     together = rows(timesteps)
     for i, timestep in enumerate(timesteps):

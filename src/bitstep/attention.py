@@ -1,8 +1,8 @@
 """Attention with its operands in reach: scaled dot-product attention, intercepted in the modules that compute it.
 
 Whatever a module is called, it computes attention by torch's ``scaled_dot_product_attention``. :func:`intercept`
-replaces that call, in one module and while it runs, by :func:`attention`, which hands each operand to a function that
-may observe or quantize it.
+replaces that call, in one module and while it runs: by :func:`attend`, which hands each operand to a function that
+may observe or quantize it, or by a kernel for attention of quantized operands.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Transform = Callable[[str, Tensor], Tensor]
 ``[batch, heads, queries, keys]`` for the probabilities that softmax returns."""
 
 
-def attention(
+def attend(
     transform: Transform,
     query: Tensor,
     key: Tensor,
@@ -48,22 +48,24 @@ def attention(
     return transform("probability", probability) @ value
 
 
-def intercept(module: nn.Module, transform: Transform) -> tuple[RemovableHandle, RemovableHandle]:
-    """Replace every call of ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it.
+def intercept(module: nn.Module, instead: Callable[..., Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let ``instead`` stand for ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it.
 
-    A ``transform`` that is a part of ``module`` is copied with it.
+    It takes the same arguments. A part of ``module`` in it is copied with the module.
     """
-    interception = _Interception(transform)
+    interception = Interception(instead)
     return (
         module.register_forward_pre_hook(interception.begin),
         module.register_forward_hook(interception.end, always_call=True),
     )
 
 
-class _Interception(TorchFunctionMode):
-    def __init__(self, transform: Transform) -> None:
+class Interception(TorchFunctionMode):
+    """The owner of the two hooks that :func:`intercept` registers."""
+
+    def __init__(self, instead: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._transform = transform
+        self.instead = instead
 
     def begin(self, *_: Any) -> None:
         self.__enter__()  # type: ignore[no-untyped-call]
@@ -75,5 +77,5 @@ class _Interception(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is nn.functional.scaled_dot_product_attention:
-            return attention(self._transform, *args, **(kwargs or {}))
+            return self.instead(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))

@@ -16,8 +16,9 @@ from bitstep.preconditioning import Preconditioning
 from bitstep.runtime import fused
 from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.dispatch import set_backend
-from bitstep.runtime.layers import InputRows, PackedModule, packed_like
+from bitstep.runtime.layers import PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
+from bitstep.runtime.rows import StepRows
 from bitstep.steps import StepCursor
 
 _OWNERS = PackedModule | PackedAttention | Preconditioning  # of tensors that the format describes
@@ -43,7 +44,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
         manifest = self.quantization_config.manifest
         cursor = None if manifest.step_grid is None else StepCursor(manifest.step_grid.grid())
-        rows = None if cursor is None else InputRows(cursor)
+        rows = None if cursor is None else StepRows(cursor)
         modules = dict(model.named_modules())
         for name, entry in manifest.layers.items():
             if name not in modules:
@@ -55,7 +56,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name, attention in manifest.attention.items():
             if name not in modules:
                 raise BitstepError(f"the checkpoint packs attention in {name!r} which {type(model).__name__} has not")
-            PackedAttention(attention.attention_format(), cursor).attach(modules[name])
+            PackedAttention(attention.attention_format(), rows).attach(modules[name])
         if cursor is not None:
             if manifest.preconditioned:
                 Preconditioning(cursor).attach(model)

@@ -1,16 +1,19 @@
-"""Packed attention: the operands of scaled dot-product attention rounded as in training, in reference arithmetic."""
+"""Packed attention: the operands of scaled dot-product attention rounded as in training, natively or in torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bitstep.attention import OPERANDS, intercept
+from bitstep.attention import OPERANDS, Interception, attend, intercept
 from bitstep.numerics.uniform import fake_quantize
-from bitstep.steps import StepCursor, interpolate, interpolate_scale, per_sample
+from bitstep.runtime import native
+from bitstep.runtime.cpu import Operand, attention
+from bitstep.runtime.rows import StepRows, rows_of
+from bitstep.steps import per_sample
 
 
 @dataclass(frozen=True)
@@ -29,30 +32,78 @@ class AttentionFormat:
 class PackedAttention(nn.Module):
     """The tables of the four operands: float32 ``OPERAND_scale`` and uint8 ``OPERAND_zero_point``, each ``[steps]``.
 
-    cursor: the model's; None where all tables are static.
+    ``rows`` selects theirs; static tables need none. ``native``: run on the native library where it can; see
+    :func:`bitstep.runtime.dispatch.set_backend`.
     """
 
     NAME: ClassVar = "attention_operands"  # its name in the module that computes the attention
 
-    def __init__(self, attention_format: AttentionFormat, cursor: StepCursor | None) -> None:
+    def __init__(self, attention_format: AttentionFormat, rows: StepRows | None) -> None:
         super().__init__()
-        self.format, self.cursor = attention_format, cursor
+        self.format = attention_format
+        self.rows = rows if attention_format.steps > 1 else None
+        self.native = False
         for operand in OPERANDS:
             self.register_buffer(f"{operand}_scale", torch.empty(attention_format.steps))
             self.register_buffer(f"{operand}_zero_point", torch.empty(attention_format.steps, dtype=torch.uint8))
+            if self.rows is not None:
+                self.rows.tables.append((self, operand))
 
     def attach(self, site: nn.Module) -> None:
-        """Become a part of ``site`` and round the operands of the attention that it computes."""
+        """Become a part of ``site`` and compute its attention."""
         site.add_module(self.NAME, self)
         intercept(site, self)
 
-    def forward(self, operand: str, x: Tensor) -> Tensor:
-        """Computes in float32 and returns the dtype of ``x``."""
-        scale, zero_point = self.get_buffer(f"{operand}_scale"), self.get_buffer(f"{operand}_zero_point").float()
-        if self.format.steps > 1:
-            assert self.cursor is not None
-            position = self.cursor.position.to(x.device)
-            scale = interpolate_scale(scale, position)
-            zero_point = interpolate(zero_point, position).round()
-        bits = self.format.bits_of(operand)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` of rounded operands; computes in float32, returns the dtype of ``query``.
+
+        The native library takes ``[batch, heads, tokens, width]``, batch, heads and width alike in all three; what has
+        masks, dropout or grouped queries is left to torch.
+        """
+        plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa) and query.ndim == 4
+        alike = key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
+        if plain and alike and self.native and query.device.type == "cpu" and native.kernels() is not None:
+            q, k, v = (x.float().transpose(1, 2).flatten(2).contiguous() for x in (query, key, value))
+            mixed = attention(q, k, v, query.shape[1], self.operands(q), scale)
+            return mixed.reshape(len(q), -1, *query.shape[1::2]).transpose(1, 2).to(query.dtype)
+        return attend(self._round, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+    def operands(self, x: Tensor) -> tuple[Operand, ...]:
+        """How each of the operands is rounded for the batch of ``x``, at the cursor's position."""
+        return tuple(self._operand(name, x) for name in OPERANDS)
+
+    def _operand(self, name: str, x: Tensor) -> Operand:
+        return Operand(*rows_of((self, name), self.rows, x), self.format.bits_of(name))
+
+    def _round(self, name: str, x: Tensor) -> Tensor:
+        scale, zero_point, bits = self._operand(name, x)
         return fake_quantize(x.float(), per_sample(scale, x), per_sample(zero_point, x), bits).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        if self.rows is not None:
+            self.rows.forget()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks other than those by which its packed attention is computed."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return any(not (isinstance(o, Interception) and isinstance(o.instead, PackedAttention)) for o in owners)

@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from bitstep.errors import BitstepError, UsageError
+from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.cpu import CpuKernel
 from bitstep.runtime.kernel import Kernel, Problem
 from bitstep.runtime.layers import PackedModule
@@ -43,8 +44,9 @@ def named(backend: str) -> Kernel:
 def set_backend(model: nn.Module, backend: str | None = None) -> None:
     """Choose the kernel of every packed layer of ``model``; ``backend`` forces one kernel by name.
 
-    The weights are re-laid out for it when a layer first runs. BitstepError, with the reasons and the layers, when
-    the kernel cannot run them all; the model is then unchanged.
+    The weights are re-laid out for it when a layer first runs. Quantized attention runs natively with the ``cpu``
+    kernel and as in training with any other. BitstepError, with the reasons and the layers, when the kernel cannot run
+    them all; the model is then unchanged.
     """
     if backend is not None:
         named(backend)
@@ -60,6 +62,9 @@ def set_backend(model: nn.Module, backend: str | None = None) -> None:
     for layer in layers.values():
         layer.choose = partial(choose, backend=backend)
         layer.forget_kernel()
+    for module in model.modules():
+        if isinstance(module, PackedAttention):
+            module.native = backend in (None, CpuKernel.name)
 
 
 def kernels_in_use(model: nn.Module) -> dict[str, str]:

@@ -21,7 +21,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitstep.runtime.attention import PackedAttention
+from bitstep.runtime.attention import PackedAttention, is_watched
 from bitstep.runtime.cpu import Activation, Before, Convolution, attention
 from bitstep.runtime.layers import PackedModule
 
@@ -76,7 +76,7 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
-    """Attention whose input normalization, bias and residual are fused into its projections."""
+    """Attention, of quantized operands too, whose normalization, bias and residual are fused into its projections."""
 
     @staticmethod
     def recognises(block: Attention) -> bool:
@@ -84,7 +84,6 @@ class FusedAttention(Attention):  # type: ignore[misc]
         return (
             type(block.processor) is AttnProcessor2_0
             and not any(unknown)
-            and not any(isinstance(child, PackedAttention) for child in block.children())
             and (block.group_norm is None or isinstance(block.group_norm, nn.GroupNorm))
             and _native(block.to_q, block.to_k, block.to_v, block.to_out[0])
         )
@@ -137,7 +136,8 @@ class FusedAttention(Attention):  # type: ignore[misc]
             source, prepare = context.float().contiguous()[:, None], None
         q = _run(self.to_q, x, before)[:, 0]
         k, v = (_run(layer, source, prepare)[:, 0] for layer in (self.to_k, self.to_v))
-        mixed = attention(q, k, v, self.heads)[:, None]
+        rounding: PackedAttention | None = getattr(self, PackedAttention.NAME, None)
+        mixed = attention(q, k, v, self.heads, () if rounding is None else rounding.operands(q))[:, None]
         return _run(self.to_out[0], mixed, gain=gain, residual=residual)
 
 
@@ -310,7 +310,7 @@ def _runs_fused(x: Tensor, *modules: nn.Module) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        and not any(map(is_watched, modules))
         and _native(*(m for m in modules if isinstance(m, PackedModule)))
     )
 

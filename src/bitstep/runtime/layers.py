@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
-from bitstep.steps import Position, StepCursor, interpolate, interpolate_scale, per_sample
+from bitstep.runtime.rows import StepRows, rows_of
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
+_INPUT = "input"  # the table of a layer
 _HYPERPARAMETERS = {*nn.Linear.__constants__, *nn.Conv2d.__constants__}
 
 
@@ -78,44 +79,6 @@ def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Pr
     )
 
 
-class InputRows:
-    """Scale and zero point of every layer's input at the cursor's position, looked up once for all layers.
-
-    (One by one the lookups would take longer than many a layer.)
-    """
-
-    def __init__(self, cursor: StepCursor) -> None:
-        self.cursor = cursor
-        self.layers: list[PackedModule] = []
-        self._position: Position | None = None
-        self._found: dict[PackedModule, tuple[Tensor, Tensor]] = {}
-
-    def of(self, layer: PackedModule) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, float32 ``[rows]``; StepError outside a forward pass of the denoiser."""
-        position = self.cursor.position
-        if position is not self._position:
-            self._position, self._found = position, {}
-        if layer not in self._found:
-            self._found |= self._look_up(position, layer.weight_scale.device)
-        return self._found[layer]
-
-    def forget(self) -> None:
-        """Drop what was found, because a table changed."""
-        self._position = None
-
-    def _look_up(self, position: Position, device: torch.device) -> dict[PackedModule, tuple[Tensor, Tensor]]:
-        layers = [layer for layer in self.layers if layer.weight_scale.device == device]
-        position = position.to(device)
-        fraction = None if position.fraction is None else position.fraction[:, None]
-        position = Position(position.lower, position.upper, fraction)
-        scale, zero_point = (
-            torch.stack([layer.get_buffer(name) for layer in layers], 1) for name in ("input_scale", "input_zero_point")
-        )
-        scale = interpolate_scale(scale, position).T.contiguous()
-        zero_point = interpolate(zero_point, position).round().T.contiguous()
-        return dict(zip(layers, zip(scale, zero_point, strict=True), strict=True))
-
-
 class PackedModule(nn.Module):
     """A layer that holds its :class:`LayerFormat`, its tensors as on disk, and the kernel that runs it.
 
@@ -143,7 +106,7 @@ class PackedModule(nn.Module):
     input_channel_reciprocal: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, like: Packable, layer_format: LayerFormat, rows: InputRows | None) -> None:
+    def __init__(self, like: Packable, layer_format: LayerFormat, rows: StepRows | None) -> None:
         """An empty packed layer with the geometry, the bias and the device of ``like``.
 
         ``rows`` selects the row of the input scales; a format with fewer than two steps needs none.
@@ -155,7 +118,7 @@ class PackedModule(nn.Module):
         self.format = layer_format
         self.rows = rows if layer_format.steps > 1 else None
         if self.rows is not None:
-            self.rows.layers.append(self)
+            self.rows.tables.append((self, _INPUT))
         self.choose: Callable[[Problem], Kernel] | None = None
         self._kernel: Kernel | None = None
         self._run: Forward | None = None
@@ -251,12 +214,7 @@ class PackedModule(nn.Module):
 
     def input_rows(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scale and zero point of the activations: float32 ``[1]`` or ``[batch]``, at the cursor's position."""
-        if self.rows is None:
-            return self.input_scale, None if self.input_zero_point is None else self.input_zero_point.float()
-        scale, zero_point = self.rows.of(self)
-        if len(scale) not in (1, len(x)):
-            scale, zero_point = per_sample(scale, x).flatten(), per_sample(zero_point, x).flatten()
-        return scale, zero_point
+        return (None, None) if self.input_scale is None else rows_of((self, _INPUT), self.rows, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget_kernel()
@@ -290,7 +248,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):  # type: ignore[override]
     """A packed ``nn.Conv2d``; the input is ``[batch, in_channels, height, width]``."""
 
 
-def packed_like(layer: nn.Module, layer_format: LayerFormat, rows: InputRows | None) -> PackedModule:
+def packed_like(layer: nn.Module, layer_format: LayerFormat, rows: StepRows | None) -> PackedModule:
     """The empty packed layer that takes the place of ``layer``; BitstepError where none can."""
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer, layer_format, rows)

@@ -118,6 +118,7 @@ def kernels() -> ctypes.CDLL | None:
         c_int,
     ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
+    lib.bitstep_coded_attention.argtypes = [POINTER(AttentionShape), POINTER(Step), *[c_void_p] * 4, c_int]
     return lib
 
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from bitstep.library import current_instruction_set
+from bitstep.runtime.attention import PackedAttention, is_watched
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.tape import Tape, record
 from bitstep.steps import Position, StepCursor
@@ -116,10 +117,11 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        packed = [module for module in modules if isinstance(module, PackedModule)]
-        for layer in packed:
-            layer.run  # noqa: B018  (prepared now, not while a forward pass is recorded)
-        cursors = {layer.rows.cursor for layer in packed if layer.rows is not None}
+        for module in modules:
+            if isinstance(module, PackedModule):
+                module.run  # noqa: B018  (prepared now, not while a forward pass is recorded)
+        rows = (module.rows for module in modules if isinstance(module, PackedModule | PackedAttention))
+        cursors = {found.cursor for found in rows if found is not None}
         self.refusal: str | None = None
         if len(cursors) > 1:
             self.refusal = "layers of several models share it"
@@ -138,7 +140,7 @@ class Watch:
         self._tensors_then = list(chain.from_iterable(d.values() for d in self._tensors))
 
     def _has_hooks(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._inner)
+        return any(map(is_watched, self._inner))
 
     def sees_change(self) -> bool:
         # torch numbers all hooks in the order in which they are registered

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bitstep.attention import OPERANDS, intercept
+from bitstep.attention import OPERANDS, attend, intercept
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Method, Rewrite, UniformWeights
@@ -112,7 +113,7 @@ def prepare(
     attention = {}
     for site in decided.attention:
         attention[site.name] = build_attention(site)
-        intercept(student.get_submodule(site.name), attention[site.name])
+        intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
     cursor.attach(student)
     return Student(student, layers, decided, structure, cursor, attention, rewritten)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstep.attention import intercept
+from bitstep.attention import attend, intercept
 from bitstep.calls import Pool, run
 from bitstep.numerics.uniform import RangeMethod, search_range
 from bitstep.randomness import generator
@@ -89,7 +89,7 @@ def observe(
     for name in names:
         handles.append(denoiser.get_submodule(name).register_forward_pre_hook(partial(keep_input, name)))
     for name in attention:
-        handles.extend(intercept(denoiser.get_submodule(name), partial(keep_operand, name)))
+        handles.extend(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
     try:
         for row in range(steps):
             call, _ = pool.batch(pool.indices_at(row)[:images])
