@@ -15,7 +15,7 @@ from bitstep.methods.base import Method
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.recipe import parse_bits
 from bitstep.runtime.layers import PackedModule, packed_like
-from bitstep.runtime.rows import StepRows
+from bitstep.runtime.tables import StepRows
 from bitstep.steps import StepCursor, StepGrid
 
 GRID = StepGrid((0.05, 0.3, 0.55, 0.9), 1000.0)

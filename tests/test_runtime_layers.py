@@ -18,7 +18,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
 from bitstep.runtime.layers import PackedConv2d, PackedLinear, packed_like
-from bitstep.runtime.rows import StepRows
+from bitstep.runtime.tables import StepRows
 from bitstep.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 
 LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {

@@ -18,7 +18,7 @@ from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
-from bitstep.runtime.rows import StepRows
+from bitstep.runtime.tables import StepRows
 from bitstep.steps import StepCursor
 
 _OWNERS = PackedModule | PackedAttention | Preconditioning  # of tensors that the format describes

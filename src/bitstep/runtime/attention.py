@@ -12,7 +12,7 @@ from bitstep.attention import OPERANDS, Interception, attend, intercept
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime import native
 from bitstep.runtime.cpu import Operand, attention
-from bitstep.runtime.rows import StepRows, rows_of
+from bitstep.runtime.tables import StepRows, rows_of
 from bitstep.steps import per_sample
 
 

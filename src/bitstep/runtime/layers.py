@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
-from bitstep.runtime.rows import StepRows, rows_of
+from bitstep.runtime.tables import StepRows, rows_of
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
 _INPUT = "input"  # the table of a layer
