@@ -23,7 +23,7 @@ import torch
 from pages import ROOT, markdown, put, write
 
 from bitstep.numerics.packing import QuantizedWeight
-from bitstep.runtime.cpu import Before, Convolution, attention
+from bitstep.runtime.cpu import Before, Convolution, Operand, attention
 from bitstep.runtime.kernel import LayerTensors, Problem
 
 RESULTS = ROOT / "benchmarks/results/kernels.json"
@@ -55,6 +55,10 @@ CONVOLUTIONS = (  # kernel, height, width, channels in and out
     (1, 1, 256, 768, 3072),
 )
 ATTENTIONS = ((1024, 14, 32), (256, 21, 32), (256, 12, 64), (256, 1, 256))  # tokens, heads, channels of a head
+OPERANDS = (  # query, key, value; probability
+    *[Operand(torch.tensor([6 / 15]), torch.tensor([8.0]), 4)] * 3,
+    Operand(torch.tensor([1 / 255]), torch.tensor([0.0]), 8),
+)
 MAP = (64, 64, 224)  # of the passes that only quantize
 
 
@@ -147,9 +151,10 @@ def measure_once() -> list[Row]:
             rows.append(Row(f"{kernel}x{kernel} {bits}", shape, least(call), operations))
     for tokens, heads, channels in ATTENTIONS:
         q, k, v = (torch.randn(1, tokens, heads * channels) for _ in range(3))
-        call = partial(attention, q, k, v, heads)
-        operations = 4 * tokens**2 * heads * channels
-        rows.append(Row("attention", f"{tokens} tokens, heads: {heads} of {channels}", least(call), operations))
+        shape, operations = f"{tokens} tokens, heads: {heads} of {channels}", 4 * tokens**2 * heads * channels
+        rows.append(Row("attention", shape, least(partial(attention, q, k, v, heads)), operations))
+        coded = partial(attention, q, k, v, heads, OPERANDS)
+        rows.append(Row("attention, operands A4", shape, least(coded), operations))
     return rows
 
 
