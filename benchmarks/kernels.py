@@ -23,7 +23,8 @@ import torch
 from pages import ROOT, markdown, put, write
 
 from bitstep.numerics.packing import QuantizedWeight
-from bitstep.runtime.cpu import Before, Convolution, Operand, attention
+from bitstep.runtime.attention import Operand, attention
+from bitstep.runtime.cpu import Before, Convolution
 from bitstep.runtime.kernel import LayerTensors, Problem
 
 RESULTS = ROOT / "benchmarks/results/kernels.json"

@@ -23,8 +23,7 @@ from bitstep.checkpoint import PackedOperands, pack_model
 from bitstep.errors import BitstepError
 from bitstep.methods.base import Activations, AttentionOperands, Method
 from bitstep.numerics.uniform import fake_quantize
-from bitstep.runtime import cpu
-from bitstep.runtime.attention import AttentionFormat, PackedAttention
+from bitstep.runtime.attention import AttentionFormat, PackedAttention, attention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.fused import fused_blocks
 from bitstep.runtime.replay import Replay
@@ -189,7 +188,7 @@ def test_packed_operands_run_natively_or_in_torch_to_the_same_result(
     calls: list[Tensor] = []
 
     def natively(*args: Any) -> Tensor:
-        calls.append(cpu.attention(*args))
+        calls.append(attention(*args))
         return calls[-1]
 
     monkeypatch.setattr("bitstep.runtime.attention.attention", natively)

@@ -20,8 +20,8 @@ from bitstep import library
 from bitstep.attention import OPERANDS
 from bitstep.numerics.packing import pack
 from bitstep.numerics.uniform import fake_quantize
-from bitstep.runtime.attention import AttentionFormat, PackedAttention
-from bitstep.runtime.cpu import Before, Convolution, CpuKernel, Operand, attention
+from bitstep.runtime.attention import AttentionFormat, Operand, PackedAttention, attention
+from bitstep.runtime.cpu import Before, Convolution, CpuKernel
 from bitstep.runtime.fused import fuse, fused_blocks
 from bitstep.runtime.layers import LayerFormat, packed_like
 from bitstep.runtime.reference import ReferenceKernel

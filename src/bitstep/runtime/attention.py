@@ -1,9 +1,10 @@
-"""Packed attention: the operands of scaled dot-product attention rounded as in training, natively or in torch."""
+"""Attention on the native library, and packed attention: its operands rounded as in training, natively or in torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,50 @@ from torch import Tensor, nn
 from bitstep.attention import OPERANDS, Interception, attend, intercept
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime import native
-from bitstep.runtime.cpu import Operand, attention
 from bitstep.runtime.tables import StepRows, rows_of
 from bitstep.steps import per_sample
+
+
+class Operand(NamedTuple):
+    """How an operand of attention becomes codes.
+
+    scale, zero_point: contiguous float32 ``[1]`` or ``[batch]``
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def step(self) -> native.Step:
+        return native.Step(self.scale.data_ptr(), self.zero_point.data_ptr(), len(self.scale), 2**self.bits - 1, None)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, operands: tuple[Operand, ...] = (), scale: float | None = None
+) -> Tensor:
+    """``softmax(scale q k^T) v`` per head; contiguous float32 ``[batch, tokens, heads * d]``, scale ``1 / sqrt(d)``.
+
+    ``operands``, of query, key, value and probability, quantizes them: both products are then exact sums of integers.
+    Without, it is computed in 16-bit fixed point (steps per row of q, per head of k, per channel of v).
+    """
+    y = torch.empty_like(q)
+    native.run(_attention_call, y, q, k, v, heads, operands, scale)
+    return y
+
+
+def _attention_call(
+    y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, operands: tuple[Operand, ...], scale: float | None
+) -> native.Call:
+    lib = native.kernels()
+    assert lib is not None
+    batch, queries, channels = q.shape
+    width = channels // heads
+    shape = native.AttentionShape(batch, queries, k.shape[1], heads, width, width**-0.5 if scale is None else scale)
+    addresses = [tensor.data_ptr() for tensor in (q, k, v, y)]
+    if not operands:
+        return partial(lib.bitstep_attention, shape, *addresses, torch.get_num_threads())
+    steps = (native.Step * len(operands))(*(operand.step() for operand in operands))
+    return partial(lib.bitstep_coded_attention, shape, steps, *addresses, torch.get_num_threads())
 
 
 @dataclass(frozen=True)

@@ -219,48 +219,6 @@ class Before(NamedTuple):
         )
 
 
-class Operand(NamedTuple):
-    """How an operand of attention becomes codes.
-
-    scale, zero_point: contiguous float32 ``[1]`` or ``[batch]``
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-
-    def step(self) -> native.Step:
-        return native.Step(self.scale.data_ptr(), self.zero_point.data_ptr(), len(self.scale), 2**self.bits - 1, None)
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, operands: tuple[Operand, ...] = (), scale: float | None = None
-) -> Tensor:
-    """``softmax(scale q k^T) v`` per head; contiguous float32 ``[batch, tokens, heads * d]``, scale ``1 / sqrt(d)``.
-
-    ``operands``, of query, key, value and probability, quantizes them: both products are then exact sums of integers.
-    Without, it is computed in 16-bit fixed point (steps per row of q, per head of k, per channel of v).
-    """
-    y = torch.empty_like(q)
-    native.run(_attention_call, y, q, k, v, heads, operands, scale)
-    return y
-
-
-def _attention_call(
-    y: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, operands: tuple[Operand, ...], scale: float | None
-) -> native.Call:
-    lib = native.kernels()
-    assert lib is not None
-    batch, queries, channels = q.shape
-    width = channels // heads
-    shape = native.AttentionShape(batch, queries, k.shape[1], heads, width, width**-0.5 if scale is None else scale)
-    addresses = [tensor.data_ptr() for tensor in (q, k, v, y)]
-    if not operands:
-        return partial(lib.bitstep_attention, shape, *addresses, torch.get_num_threads())
-    steps = (native.Step * len(operands))(*(operand.step() for operand in operands))
-    return partial(lib.bitstep_coded_attention, shape, steps, *addresses, torch.get_num_threads())
-
-
 @dataclass(frozen=True)
 class Columns:
     """A weight as ``native/bitstep.h`` lays it out.

@@ -21,8 +21,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitstep.runtime.attention import PackedAttention, is_watched
-from bitstep.runtime.cpu import Activation, Before, Convolution, attention
+from bitstep.runtime.attention import PackedAttention, attention, is_watched
+from bitstep.runtime.cpu import Activation, Before, Convolution
 from bitstep.runtime.layers import PackedModule
 
 
