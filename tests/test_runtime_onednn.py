@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from packed import GRID, filled, random_layer
+from packed import GRID, LAYERS, filled, random_layer
 from torch import Tensor, nn
 
 from bitstep.runtime import onednn
@@ -15,21 +13,6 @@ from bitstep.runtime.layers import PackedModule
 from bitstep.steps import StepCursor
 
 pytestmark = pytest.mark.skipif(onednn.operators_fault() is not None, reason=str(onednn.operators_fault()))
-
-LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(33, 17), (6, 5, 33)),
-    "vector": (lambda: nn.Linear(7, 1, bias=False), (6, 7)),
-    "tokens": (lambda: nn.Linear(16, 8), (6, 2, 3, 16)),
-    "conv1d": (lambda: nn.Conv1d(5, 7, 3, padding=2, dilation=2), (6, 5, 11)),
-    "conv1d grouped": (lambda: nn.Conv1d(6, 4, 4, stride=3, groups=2, bias=False), (6, 6, 13)),
-    "conv2d": (lambda: nn.Conv2d(5, 7, 3, padding=1), (6, 5, 9, 8)),
-    "odd": (lambda: nn.Conv2d(3, 5, (1, 5), stride=(1, 2), padding=(0, 2), bias=False), (6, 3, 7, 9)),
-    "pointwise": (lambda: nn.Conv2d(19, 3, 1), (6, 19, 3, 5)),
-    "patches": (lambda: nn.Conv2d(4, 24, 4, stride=4), (6, 4, 8, 8)),
-    "wide padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=2), (6, 4, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (6, 8, 6, 6)),
-    "grouped": (lambda: nn.Conv2d(12, 6, 3, stride=2, padding=1, groups=3), (6, 12, 7, 7)),
-}
 
 
 def outputs(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,13 +70,14 @@ class QuantizedWeight:
     bits: int
     shape: tuple[int, ...]
 
+    def integers(self) -> Tensor:
+        """``value(codes)``, int16 ``[bases, out, n]``."""
+        codes = self.codes.to(torch.int16)
+        return 2 * codes - 1 if self.zero_point is None else codes - self.zero_point[:, None]
+
     def dequantize(self) -> Tensor:
         """The floating-point weight, float32 ``shape``."""
-        codes = self.codes.to(torch.float32)
-        if self.zero_point is None:
-            signed = 2 * codes - 1
-        else:
-            signed = codes - self.zero_point.to(torch.float32)[:, None]
+        signed = self.integers().to(torch.float32)
         weight = self.scale[0, :, None] * signed[0]
         for scale, plane in zip(self.scale[1:], signed[1:], strict=True):
             weight = weight + scale[:, None] * plane

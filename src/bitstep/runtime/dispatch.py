@@ -9,13 +9,16 @@ from torch import nn
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.cpu import CpuKernel
+from bitstep.runtime.cuda import CudaKernel
 from bitstep.runtime.kernel import Kernel, Problem
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.onednn import OneDnnKernel
 from bitstep.runtime.reference import ReferenceKernel
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuKernel(), OneDnnKernel(), ReferenceKernel())}
-"""Every kernel by name, the fastest first."""
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (CpuKernel(), OneDnnKernel(), CudaKernel(), ReferenceKernel())
+}
+"""Every kernel by name, the fastest of a device first."""
 
 
 def reasons(problem: Problem) -> dict[str, list[str]]:

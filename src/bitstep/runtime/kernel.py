@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bitstep.numerics.packing import QuantizedWeight
 
+_INT32_MAX = 2**31 - 1
 Operation = Literal["linear", "conv1d", "conv2d"]
 Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """``forward(x, scale, zero_point) -> y``: x floating point ``[batch, ...]``; scale and zero_point float32
@@ -76,3 +78,14 @@ class Kernel(ABC):
     @abstractmethod
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         """Re-lay the weight out once and return the function that runs the layer."""
+
+
+def beyond_bytes(problem: Problem) -> list[str]:
+    """Why ``problem`` is no product of unsigned activation bytes and signed weight bytes, summed in 32 bits."""
+    wrong: list[str] = []
+    if problem.weight_bits == 8 and not problem.symmetric:
+        wrong.append("8-bit weights with a zero point other than 128 do not fit a signed byte")
+    row = problem.in_channels // problem.groups * prod(problem.kernel_size)
+    if row * 255 * 128 > _INT32_MAX:
+        wrong.append(f"a sum over {row} products may not fit 32 bits")
+    return wrong

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.numerics.uniform import quantize
-from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
 from bitstep.runtime.reference import align_channels, in_float
 from bitstep.steps import per_sample
 
-_INT32_MAX = 2**31 - 1
 _PLAIN_OUTPUT: tuple[Any, ...] = (
     1.0,
     0,
@@ -47,11 +45,7 @@ class OneDnnKernel(Kernel):
             return wrong
         if problem.bases == 2:
             wrong.append("a weight of two sign bases is no integer times one scale")
-        if problem.weight_bits == 8 and not problem.symmetric:
-            wrong.append("8-bit weights with a zero point other than 128 do not fit a signed byte")
-        row = problem.in_channels // problem.groups * prod(problem.kernel_size)
-        if row * 255 * 128 > _INT32_MAX:
-            wrong.append(f"a sum over {row} products may not fit 32 bits")
+        wrong += beyond_bytes(problem)
         if not wrong and (fault := operators_fault()):
             wrong.append(fault)
         return wrong
@@ -118,9 +112,7 @@ def _convolution(problem: Problem, tensors: LayerTensors) -> Multiply:
 
 def _signed(weight: QuantizedWeight) -> Tensor:
     """The integers that times ``scale`` make the weight, int8 in its shape."""
-    codes = weight.codes[0].to(torch.int16)
-    signed = 2 * codes - 1 if weight.zero_point is None else codes - weight.zero_point[:, None]
-    return signed.to(torch.int8).reshape(weight.shape)
+    return weight.integers()[0].to(torch.int8).reshape(weight.shape)
 
 
 def _no_offset(weight: QuantizedWeight) -> Tensor:

@@ -1,0 +1,162 @@
+"""The programs for GPUs against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from packed import GRID, LAYERS, filled, random_layer
+from torch import Tensor, nn
+
+from bitstep.numerics.uniform import quantize
+from bitstep.runtime import cuda
+from bitstep.runtime.dispatch import KERNELS, reasons, set_backend
+from bitstep.runtime.kernel import CodeKeeper
+from bitstep.runtime.layers import PackedModule
+from bitstep.steps import StepCursor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNGROUPED = {name: layer for name, layer in LAYERS.items() if "group" not in name and name != "depthwise"}
+
+
+def outputs(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    set_backend(module, "reference")
+    reference = module(x)
+    module.forget_kernel()
+    module.choose = lambda _: KERNELS["cuda"]  # which would refuse the CPU that the interpreter runs on
+    return module(x.to(DEVICE)).cpu(), reference
+
+
+@pytest.mark.parametrize("kind", UNGROUPED)
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "symmetric", "bases"),
+    [
+        (1, 4, True, 1),
+        (1, 8, True, 2),
+        (2, 8, True, 1),
+        (3, 3, True, 1),
+        (4, 4, True, 1),
+        (4, 8, False, 1),
+        (7, 8, False, 1),
+        (8, 8, True, 1),
+    ],
+)
+def test_equals_the_reference(kind: str, weight_bits: int, activation_bits: int, symmetric: bool, bases: int) -> None:
+    build, shape = UNGROUPED[kind]
+    layer, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(weight_bits))
+    packed = random_layer(
+        layer, weight_bits, activation_bits, symmetric=symmetric, bases=bases, steps=len(GRID), dilated=True
+    )
+    cursor = StepCursor(GRID)
+    module = filled(layer, packed, cursor).to(DEVICE)
+    for timestep in (420.0, torch.tensor([300.0, 999.0, 300.0, 420.0, 51.5, 899.0])):
+        with cursor.at(timestep):
+            y, reference = outputs(module, x)
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_more_channels_than_a_tile_holds() -> None:
+    layer = nn.Conv2d(200, 70, 3, padding=1)
+    module = filled(layer, random_layer(layer, 1, 4, bases=2)).to(DEVICE)
+    y, reference = outputs(module, torch.randn(1, 200, 5, 6).contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-4)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "bases"), [(1, True, 2), (3, True, 1), (4, True, 1), (4, False, 1)])
+@pytest.mark.parametrize("layer", [nn.Linear(50, 6), nn.Conv2d(5, 7, 3)], ids=["linear", "conv2d"])
+def test_the_codes_come_back(layer: nn.Linear | nn.Conv2d, bits: int, symmetric: bool, bases: int) -> None:
+    packed = random_layer(layer, bits, symmetric=symmetric, bases=bases)
+    module = filled(layer, packed)
+    kept = KERNELS["cuda"].prepare(module.problem, module.tensors())
+    assert isinstance(kept, CodeKeeper)
+    assert torch.equal(kept.codes(), packed.weight.codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_are_rounded_like_everywhere_else(bits: int) -> None:
+    halves = torch.arange(-600, 600) / 2  # ties of a step size of 1
+    awkward = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, -torch.inf, 1e-40, 2**22 + 1.0])
+    x = torch.cat([halves, awkward, torch.randn(592, generator=torch.Generator().manual_seed(0)) * 20])
+    scale, zero_point = torch.tensor([1.0, 0.3, 1.7e-3]), torch.tensor([3.0, 0.0, 12.0])
+    rows = x.repeat(len(scale), 1)
+    layer = nn.Linear(x.numel(), 1)
+    module = filled(layer, random_layer(layer, 4, bits)).to(DEVICE)
+    product = KERNELS["cuda"].prepare(module.problem, module.tensors())
+    coded = product._coded(rows[:, :, None, None].to(DEVICE), scale.to(DEVICE), zero_point.to(DEVICE))  # type: ignore[attr-defined]
+    expected = quantize(rows, scale[:, None], zero_point[:, None], bits)
+    assert torch.equal(coded.flatten(1)[:, : x.numel()].cpu().int() + 128, expected.int())
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "reason"),
+    [
+        (nn.Linear(8, 3), {"activation_bits": None}, "floating-point activations"),
+        (nn.Linear(8, 3), {"bits": 8, "symmetric": False}, "zero point other than 128"),
+        (nn.Linear(70_000, 1), {}, "32 bits"),
+        (nn.Conv1d(6, 4, 3, groups=2), {}, "groups"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_the_reason(layer: nn.Module, options: dict[str, Any], reason: str) -> None:
+    problem = replace(filled(layer, random_layer(layer, **options)).problem, device="cuda")
+    (why,) = reasons(problem)["cuda"]
+    assert reason in why
+
+
+def test_it_leaves_the_cpu_to_others() -> None:
+    layer = nn.Linear(8, 3)
+    (why,) = reasons(replace(filled(layer, random_layer(layer)).problem, device="cpu"))["cuda"]
+    assert "not on cpu" in why
+
+
+def test_a_machine_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in str(cuda.programs_fault.__wrapped__())
+
+
+def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial that a GPU must pass before it is trusted passes here, and fails where the rounding is wrong."""
+    assert cuda.trial_error(DEVICE) < 1e-6
+    monkeypatch.setattr(cuda, "levels", lambda bits: 15)
+    assert cuda.trial_error(DEVICE) > 1e-2
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bitstep.runtime.device_code import multiply
+
+pointers = {"codes": "*i8", "weight": "*u8", "weight_sum": "*i32"}
+pointers |= dict.fromkeys(["y", "bias", "input_scale", "input_zero_point", "weight_scale"], "*fp32")
+constants = {"BITS": BITS, "BASES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+constants |= {f"{name}_{axis}": 1 for name in ("KERNEL", "STRIDE", "DILATION") for axis in "HW"}
+names = multiply.arg_names
+aligned = [*pointers, "channels", "out"]
+source = ASTSource(
+    fn=multiply,
+    signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+)
+print(compile(source, target=GPUTarget("cuda", CAPABILITY, 32)).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", [1, 4])
+def test_compiles_to_tensor_core_products_of_bytes(capability: int, bits: int) -> None:
+    """No GPU needed: Triton brings the compilers. Loads that are not vectors, or not ahead of time, would show."""
+    program = COMPILE.replace("BITS,", f"{bits},").replace("CAPABILITY", str(capability))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    product = {80: "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", 90: "wgmma.mma_async"}[capability]
+    assert product in done.stdout
+    assert "cp.async.cg.shared.global" in done.stdout
+    assert "ld.global.b8" not in done.stdout
