@@ -173,7 +173,7 @@ def test_a_forced_backend_that_refuses_says_why() -> None:
     with pytest.raises(BitstepError, match=r"^1 and 1 more: backend 'onednn' refuses: .*two sign bases.*reference"):
         set_backend(model, "onednn")
     assert set(kernels_in_use(model).values()) == {"reference"}
-    with pytest.raises(UsageError, match="no backend named 'quantum': expected one of cpu, onednn, reference"):
+    with pytest.raises(UsageError, match="no backend named 'quantum': expected one of cpu, onednn, cuda, reference"):
         set_backend(model, "quantum")
 
 
