@@ -36,6 +36,7 @@ TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
 )
+LONGER = ["training.0.iterations=3600"]  # three times the standard effort's, for one bit and what it is compared with
 SUMMARY = (
     "lsq W4A4",
     "efficientdm W4A4",
@@ -68,7 +69,9 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
         yield "binarydm-ebb", bits, [], IMAGES
     yield "best-binary", "W1.1A4", [], None
+    yield "best-binary", "W1.1A4", LONGER, None
     yield "binary-baseline", "W1A4", [], None
+    yield "binary-baseline", "W1A4", LONGER, IMAGES
     for overrides in TECHNIQUES:
         yield "binarydm", "W1.1A4", overrides, None
 
