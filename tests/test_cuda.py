@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from packed import GRID, LAYERS, filled, random_layer
+from packed import GRID, LAYERS, filled, random_layer, random_model
+from pipelines import build
 from torch import Tensor, nn
 
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime import cuda
-from bitstep.runtime.dispatch import KERNELS, reasons, set_backend
+from bitstep.runtime.dispatch import KERNELS, kernels_in_use, packed_layers, reasons, set_backend
 from bitstep.runtime.kernel import CodeKeeper
 from bitstep.runtime.layers import PackedModule
 from bitstep.steps import StepCursor
@@ -67,6 +68,27 @@ def test_more_channels_than_a_tile_holds() -> None:
     y, reference = outputs(module, torch.randn(1, 200, 5, 6).contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-4)
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_denoiser_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer: a code that falls the other way would repaint the picture of random weights."""
+    model = random_model(build("ddim").unet, 4, 8, steps=len(GRID))
+    monkeypatch.setattr(KERNELS["cuda"], "unsupported", lambda problem: [])  # the interpreter's CPU included
+    set_backend(model, "cuda")
+    compared = []
+
+    def compare(layer: PackedModule, args: tuple[Tensor], y: Tensor) -> None:
+        reference = KERNELS["reference"].prepare(layer.problem, layer.tensors())(args[0], *layer.input_rows(args[0]))
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
+        compared.append(layer)
+
+    layers = packed_layers(model)
+    for layer in layers.values():
+        layer.register_forward_hook(compare)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        model.to(DEVICE)(torch.randn(2, 3, 8, 8, device=DEVICE), torch.tensor([420.0, 300.0], device=DEVICE))
+    assert set(compared) == set(layers.values())
+    assert set(kernels_in_use(model).values()) == {"cuda"}
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "bases"), [(1, True, 2), (3, True, 1), (4, True, 1), (4, False, 1)])
