@@ -193,7 +193,8 @@ def programs_fault() -> str | None:
     try:
         wrong = trial_error("cuda")
     except Exception as error:  # whatever a compiler may raise
-        return f"Triton's programs do not run here ({str(error).splitlines()[0]})"
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"Triton's programs do not run here ({why})"
     return None if wrong < 1e-4 else f"Triton's programs compute wrong results here (relative error {wrong:.1e})"
 
 
