@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from bitstep.api import inspect as inspect
     from bitstep.api import load as load
     from bitstep.api import quantize as quantize
+    from bitstep.api import report as report
     from bitstep.api import sample as sample
 
 __version__ = "0.1.0"
-_VERBS = ("benchmark", "evaluate", "inspect", "load", "quantize", "sample")
+_VERBS = ("benchmark", "evaluate", "inspect", "load", "quantize", "report", "sample")
 
 registration.install()
 

@@ -18,9 +18,11 @@ from bitstep.stages.evaluate import evaluate as _evaluate
 from bitstep.stages.evaluate import paired
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.inspect import inspect as inspect
+from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
-from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save
+from bitstep.stages.report import Reference, describe, page
+from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save, write_atomically
 from bitstep.stages.sample import sample as _sample
 
 UNSEEN = 1  # a seed whose noise `quantize`, with its default seed, was not fitted to
@@ -91,6 +93,44 @@ def evaluate(
         progress=progress,
         **_sampling(model, steps, seed, read_prompts(prompts)),
     )
+
+
+def report(
+    directories: Sequence[str | Path],
+    *,
+    out: str | Path,
+    against: str | Path | None = None,
+    num: int = 16,
+    steps: int | None = None,
+    seed: int = UNSEEN,
+    batch_size: int = 16,
+    prompts: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
+    """Write one self-contained HTML page on the packed pipelines in ``directories``, and return its path.
+
+    Size, operations, kernels, step sizes over time, pictures from the same noise; with ``against``, the pipeline they
+    were made from, also PSNR, SSIM and the error at every timestep. ``steps`` None is the first pipeline's default.
+    """
+    path = Path(out)
+    if path.suffix != ".html":
+        raise UsageError(f"cannot write a report to {path}: expected a name that ends in .html")
+    models = [load(directory, device=device) for directory in directories]
+    for model in models:
+        packed_manifest(model)  # refuses what is not packed before anything is sampled
+    sampling = _sampling(models[0], steps, seed, read_prompts(prompts))
+    reference, entries = None, []
+    if against is not None:
+        full = load(against, device=device)
+        reference = Reference(full, _sample(full.pipeline, num=num, batch_size=batch_size, **sampling))
+    for model in models:
+        entries.append(describe(model, reference, num=num, batch_size=batch_size, **sampling))
+        if progress:
+            progress(len(entries), len(models))
+    text = page(entries, reference, num=num, **sampling)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
 
 
 def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:

@@ -232,6 +232,39 @@ def benchmark(
 
 
 @app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Folders written by `bitstep quantize`.")],
+    out: Annotated[Path, typer.Option(help="The .html page, which needs no other file.")] = Path("report.html"),
+    against: Annotated[
+        str | None, typer.Option(help="The full-precision SOURCE they were made from: adds pictures and errors.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 16,
+    steps: Steps = None,
+    seed: Seed = 1,
+    batch_size: BatchSize = 16,
+    prompts: Prompts = None,
+    device: Device = "cpu",
+) -> None:
+    """Show packed pipelines side by side on one page: size, kernels, step sizes over time, pictures, errors."""
+    from bitstep import api
+
+    with _progress("sampling") as progress:
+        path = api.report(
+            directories,
+            out=out,
+            against=against,
+            num=num,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            prompts=prompts,
+            device=device,
+            progress=progress,
+        )
+    print(f"report: {path}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the packed pipelines and the picture.")] = Path("demo"),
     overwrite: Overwrite = False,

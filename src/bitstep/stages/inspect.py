@@ -21,7 +21,12 @@ FULL_PRECISION_BYTES = 4  # of a float32 parameter
 
 
 def inspect(directory: Path) -> dict[str, Any]:
-    """Size and cost of the packed denoiser in ``directory``, for one forward pass at batch 1.
+    """The :func:`facts` of the packed pipeline in ``directory``."""
+    return facts(load(directory))
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """Size and cost of the packed denoiser of ``source``, for one forward pass at batch 1.
 
     recipe, bits: what the file says that it was made with; None where it does not
     average_weight_bits: over the weights of packed layers
@@ -36,7 +41,6 @@ def inspect(directory: Path) -> dict[str, Any]:
     layers: name, kind, weight_bits, activation_bits (None: floating point), kernel, macs
     fused_blocks: names of the residual, attention and transformer blocks that run fused; the others run layer by layer
     """
-    source = load(directory)
     manifest = packed_manifest(source)
     macs, modules = manifest.macs, packed_layers(source.denoiser)
     layers: list[dict[str, Any]] = [

@@ -64,8 +64,7 @@ def save(images: Tensor, path: Path) -> None:
         ".png": lambda file: grid(images).save(file, "PNG"),
         ".npz": lambda file: np.savez_compressed(file, images=images.numpy()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, write[check_path(path).suffix])
+    write_atomically(path, write[check_path(path).suffix])
 
 
 def check_path(path: Path) -> Path:
@@ -126,7 +125,9 @@ def _picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1).numpy())  # one channel: a grey picture
 
 
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Have ``write`` write the file ``path``, which appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
