@@ -53,10 +53,8 @@ def test_says_what_the_other_verbs_say(packed_pipeline: Path, plain_pipeline: Pa
     assert f"{facts['compression']:.1f}x" in page.text
     assert all(layer["name"] in page.text for layer in facts["layers"])
     images = page.images()
-    for title, source in (
-        (packed_pipeline.name, packed_pipeline),
-        (f"{plain_pipeline}, full precision", plain_pipeline),
-    ):
+    sources = {str(packed_pipeline): packed_pipeline, f"{plain_pipeline}, full precision": plain_pipeline}
+    for title, source in sources.items():
         expected = grid(bitstep.sample(source, num=4, steps=3, seed=1))
         assert np.array_equal(np.array(Image.open(io.BytesIO(images[title]))), np.array(expected))
     assert b"<svg" in images["Error by timestep"]
