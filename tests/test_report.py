@@ -77,16 +77,16 @@ def test_is_the_same_every_time(packed_pipeline: Path, plain_pipeline: Path, tmp
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def test_a_name_is_no_code(packed_pipeline: Path, tmp_path: Path) -> None:
-    hostile = shutil.copytree(packed_pipeline, tmp_path / "<script>alert(1)<")
+def test_a_name_is_no_code(packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:
+    hostile = shutil.copytree(packed_pipeline, tmp_path / r"<script>alert(1)<$\frac$")
     config = hostile / "unet" / "config.json"
     written = json.loads(config.read_text())
     written["quantization_config"]["recipe"] = {"method": {"name": "</pre><img src=x onerror=alert(2)>"}, "bits": "<b>"}
     config.write_text(json.dumps(written))
-    page = Page(bitstep.report([hostile], out=tmp_path / "r.html", num=2, steps=2))
+    page = Page(bitstep.report([hostile], out=tmp_path / "r.html", against=plain_pipeline, num=2, steps=2))
     assert "script" not in {tag for tag, _ in page.tags}
     assert not any("onerror" in attributes for _, attributes in page.tags)
-    assert "<script>alert(1)<" in page.text
+    assert str(hostile) in page.text
 
 
 def test_bad_input_leaves_nothing(packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:

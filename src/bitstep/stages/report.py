@@ -117,7 +117,8 @@ def _errors(curves: dict[str, dict[float, float]]) -> str | None:
     axes.set(xlabel="timestep", ylabel="relative squared error", yscale="log")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for label in axes.legend(frameon=False).get_texts():
+        label.set_parse_math(False)  # a dollar sign in a name is one
     return _svg(figure)
 
 
