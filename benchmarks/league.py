@@ -69,6 +69,7 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
         yield "binarydm-ebb", bits, [], IMAGES
     yield "best-binary", "W1.1A4", [], None
+    yield "best-binary", "W1.1A4", ["calibration.images=192"], None
     yield "best-binary", "W1.1A4", LONGER, None
     yield "binary-baseline", "W1A4", [], None
     yield "binary-baseline", "W1A4", LONGER, IMAGES
