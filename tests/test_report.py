@@ -92,6 +92,8 @@ def test_a_name_is_no_code(packed_pipeline: Path, plain_pipeline: Path, tmp_path
 def test_bad_input_leaves_nothing(packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.html"):
         bitstep.report([packed_pipeline], out=tmp_path / "r.pdf")
+    with pytest.raises(UsageError, match="is a file"):
+        bitstep.report([packed_pipeline], out=packed_pipeline / "model_index.json" / "r.html")
     with pytest.raises(BitstepError, match="not packed"):
         bitstep.report([plain_pipeline], out=tmp_path / "r.html", num=2, steps=2)
     assert not list(tmp_path.iterdir())

@@ -113,9 +113,7 @@ def report(
     Size, operations, kernels, step sizes over time, pictures from the same noise; with ``against``, the pipeline they
     were made from, also PSNR, SSIM and the error at every timestep. ``steps`` None is the first pipeline's default.
     """
-    path = Path(out)
-    if path.suffix != ".html":
-        raise UsageError(f"cannot write a report to {path}: expected a name that ends in .html")
+    path = check_path(Path(out), "a report", (".html",))
     models = [load(directory, device=device) for directory in directories]
     for model in models:
         packed_manifest(model)  # refuses what is not packed before anything is sampled

@@ -13,12 +13,13 @@ from functools import cache
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from bitstep.numerics.packing import QuantizedWeight, pack, unpack
 from bitstep.numerics.uniform import levels
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
+from bitstep.runtime.layers import LayerFormat, layer_problem
 from bitstep.runtime.reference import in_float
 
 
@@ -201,27 +202,15 @@ def programs_fault() -> str | None:
 def trial_error(device: str) -> float:
     """Largest error of a small convolution, its padding and the step sizes of its two samples included, relative to the
     largest result."""
-    channels, out, bits = 40, 24, 4
-    shape = (out, channels, 3, 3)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(2**bits, (1, out, channels * 9), generator=generator, dtype=torch.uint8)
-    scale, zero_point = 0.5 + torch.rand(1, out, generator=generator), torch.full((out,), 8, dtype=torch.uint8)
-    problem = Problem(
-        op="conv2d",
-        in_channels=channels,
-        out_channels=out,
-        kernel_size=(3, 3),
-        stride=(2, 2),
-        padding=(1, 1),
-        dilation=(1, 1),
-        groups=1,
-        weight_bits=bits,
-        bases=1,
-        symmetric=True,
-        activation_bits=8,
-        channel_reciprocal=False,
-        device="cpu",
+    layer, bits = nn.Conv2d(40, 24, 3, stride=2, padding=1, device="meta"), 4
+    layer_format = LayerFormat(
+        weight_bits=bits, bases=1, symmetric=True, activation_bits=8, steps=1, channel_reciprocal=False
     )
+    problem = layer_problem(layer, layer_format, "cpu")
+    out, channels, *kernel = shape = tuple(layer.weight.shape)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2**bits, (1, out, channels * prod(kernel)), generator=generator, dtype=torch.uint8)
+    scale, zero_point = 0.5 + torch.rand(1, out, generator=generator), torch.full((out,), 8, dtype=torch.uint8)
     x = torch.randn(2, channels, 9, 7, generator=generator)
     rows = (torch.tensor([0.02, 0.05]), torch.tensor([100.0, 128.0]))
 

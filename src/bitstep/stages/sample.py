@@ -67,13 +67,13 @@ def save(images: Tensor, path: Path) -> None:
     write_atomically(path, write[check_path(path).suffix])
 
 
-def check_path(path: Path) -> Path:
-    """``path``, if :func:`save` can write such a file; UsageError if not."""
-    if path.suffix not in (".png", ".npz"):
-        raise UsageError(f"cannot write images to {path}: expected a name that ends in .png or .npz")
+def check_path(path: Path, what: str = "images", endings: tuple[str, ...] = (".png", ".npz")) -> Path:
+    """``path``, if ``what`` can be written there, by default by :func:`save`; UsageError if not."""
+    if path.suffix not in endings:
+        raise UsageError(f"cannot write {what} to {path}: expected a name that ends in {' or '.join(endings)}")
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
-        raise UsageError(f"cannot write images to {path}: {above} is a file")
+        raise UsageError(f"cannot write {what} to {path}: {above} is a file")
     return path
 
 
