@@ -43,7 +43,7 @@ def test_numbers_are_those_of_the_sampled_images(
 @torch.no_grad()
 def test_step_error_uses_the_references_own_inputs(packed_pipeline: Path, plain_pipeline: Path) -> None:
     packed, plain = api.load(packed_pipeline), api.load(plain_pipeline)
-    errors = step_error(packed, plain, images=3, batch_size=2, steps=3, seed=0)
+    (errors,) = step_error([packed], plain, images=3, batch_size=2, steps=3, seed=0)
     (pool,) = stream(plain, images=3, batch_size=3, steps=3, seed=0)
     middle = pool.timesteps[1].item()
     call, expected = pool.batch(pool.indices_at(1))

@@ -118,14 +118,11 @@ def report(
     for model in models:
         packed_manifest(model)  # refuses what is not packed before anything is sampled
     sampling = _sampling(models[0], steps, seed, read_prompts(prompts))
-    reference, entries = None, []
+    reference = None
     if against is not None:
         full = load(against, device=device)
         reference = Reference(full, _sample(full.pipeline, num=num, batch_size=batch_size, **sampling))
-    for model in models:
-        entries.append(describe(model, reference, num=num, batch_size=batch_size, **sampling))
-        if progress:
-            progress(len(entries), len(models))
+    entries = describe(models, reference, num=num, batch_size=batch_size, progress=progress, **sampling)
     text = page(entries, reference, num=num, **sampling)
     write_atomically(path, lambda file: file.write(text.encode()))
     return path

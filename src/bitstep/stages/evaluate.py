@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -52,7 +53,7 @@ def evaluate(
     }
     if isinstance(against, Source):
         reference = sample(against.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
-        errors = step_error(model, against, images=min(num, STEP_ERROR_IMAGES), batch_size=batch_size, **sampling)
+        (errors,) = step_error([model], against, images=min(num, STEP_ERROR_IMAGES), batch_size=batch_size, **sampling)
         numbers |= {"against": against.name} | paired(images, reference)
         numbers |= {"step_error": list(errors.values()), "timesteps": list(errors)}
     else:
@@ -73,22 +74,24 @@ def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
 
 @torch.no_grad()
 def step_error(
-    model: Source, reference: Source, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
-) -> dict[float, float]:
-    """``|model(x) - reference(x)|^2 / |reference(x)|^2`` of the denoisers' outputs, by timestep, in sampling order.
+    models: Sequence[Source], reference: Source, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
+) -> list[dict[float, float]]:
+    """Of each model ``|model(x) - reference(x)|^2 / |reference(x)|^2`` of the denoisers' outputs, by timestep, in
+    sampling order.
 
     x are the inputs on the trajectories of ``reference``, so the error of one step does not feed the next.
     """
     device = next(reference.denoiser.parameters()).device
-    totals: dict[float, list[float]] = {}
+    totals: list[dict[float, list[float]]] = [{} for _ in models]
     for pool in stream(reference, images=images, batch_size=batch_size, **sampling):
         for step, timestep in reversed(list(enumerate(pool.timesteps.tolist()))):
             call, expected = pool.batch(pool.indices_at(step))
-            output = run(model.denoiser, call.to(device)).cpu()
-            total = totals.setdefault(timestep, [0.0, 0.0])
-            total[0] += (output - expected).double().square().sum().item()
-            total[1] += expected.double().square().sum().item()
-    return {timestep: error / power for timestep, (error, power) in totals.items()}
+            for model, sums in zip(models, totals, strict=True):
+                output = run(model.denoiser, call.to(device)).cpu()
+                total = sums.setdefault(timestep, [0.0, 0.0])
+                total[0] += (output - expected).double().square().sum().item()
+                total[1] += expected.double().square().sum().item()
+    return [{timestep: error / power for timestep, (error, power) in sums.items()} for sums in totals]
 
 
 def load_features(path: Path) -> torch.nn.Module:

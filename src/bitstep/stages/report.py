@@ -23,7 +23,7 @@ from bitstep.stages.evaluate import STEP_ERROR_IMAGES, paired, step_error
 from bitstep.stages.generate import Sampling
 from bitstep.stages.inspect import facts, packed_manifest
 from bitstep.stages.load import Source
-from bitstep.stages.sample import grid, sample
+from bitstep.stages.sample import Progress, grid, sample
 
 SMALL = 128
 """Pictures narrower than this are shown with their pixels, as enlarging would blur them."""
@@ -65,26 +65,37 @@ class Reference:
 
 
 def describe(
-    model: Source, reference: Reference | None, *, num: int, batch_size: int, **sampling: Unpack[Sampling]
-) -> Entry:
-    """What the page says of ``model``; BitstepError where it is not packed."""
-    about, manifest = facts(model), packed_manifest(model)
-    images = sample(model.pipeline, num=num, batch_size=batch_size, **sampling)
-    distances: dict[str, float | None] = {"psnr": None, "ssim": None}
-    errors: dict[float, float] = {}
+    models: Sequence[Source],
+    reference: Reference | None,
+    *,
+    num: int,
+    batch_size: int,
+    progress: Progress | None = None,
+    **sampling: Unpack[Sampling],
+) -> list[Entry]:
+    """What the page says of each model; BitstepError where one is not packed."""
+    errors: list[dict[float, float]] = [{} for _ in models]
     if reference is not None:
-        distances = paired(images, reference.images)
         count = min(num, STEP_ERROR_IMAGES)
-        errors = step_error(model, reference.source, images=count, batch_size=batch_size, **sampling)
-    return Entry(
-        name=model.name,
-        facts=about,
-        recipe=yaml.safe_dump(manifest.recipe, sort_keys=False),
-        images=images,
-        errors=errors,
-        step_sizes=_step_sizes(model),
-        **distances,
-    )
+        errors = step_error(models, reference.source, images=count, batch_size=batch_size, **sampling)
+    entries = []
+    for model, by_timestep in zip(models, errors, strict=True):
+        images = sample(model.pipeline, num=num, batch_size=batch_size, **sampling)
+        distances = {"psnr": None, "ssim": None} if reference is None else paired(images, reference.images)
+        entries.append(
+            Entry(
+                name=model.name,
+                facts=facts(model),
+                recipe=yaml.safe_dump(packed_manifest(model).recipe, sort_keys=False),
+                images=images,
+                errors=by_timestep,
+                step_sizes=_step_sizes(model),
+                **distances,
+            )
+        )
+        if progress:
+            progress(len(entries), len(models))
+    return entries
 
 
 def page(entries: Sequence[Entry], reference: Reference | None, *, num: int, **sampling: Unpack[Sampling]) -> str:
