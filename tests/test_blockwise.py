@@ -15,6 +15,7 @@ from bitstep.methods.base import Context, LearningRates, Method, Unit
 from bitstep.methods.baselines import MSE
 from bitstep.methods.blockwise import BlockwiseDistillation, _Rows
 from bitstep.methods.dilatequant import DILATEQUANT
+from bitstep.methods.efficientdm import TrajectoryDistillation
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import record, stream
@@ -128,6 +129,38 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
     assert found["args"][2].tolist() == [70, 71, 72, 0, 1, 2, 110, 111, 112]
     assert found["kwargs"]["table"].tolist() == [0, 1]
     assert found["kwargs"]["mask"].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion"])
+def test_the_last_blocks_train_as_in_training_of_all(name: str, tmp_path: Path) -> None:
+    """The same loss and the same gradients as without ``last``, and none for what comes before."""
+    context = context_of(*recorded(name), tmp_path)
+    everything, end = (
+        next(TrajectoryDistillation(last=last).units(context, PHASE, 0)) for last in (None, 2)
+    )
+    assert everything.trained.keys() == context.trained.keys()
+    assert 0 < len(end.layers) < len(context.layers)
+    assert [name for block in context.blocks()[-2:] for name in block.layers if name in context.layers] == [*end.layers]
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, module in context.trained.items()
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+    def gradients(unit: Unit) -> tuple[Tensor, dict[str, Tensor]]:
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss = unit.loss(0)
+        loss.backward()
+        return loss.detach(), {key: p.grad for key, p in parameters.items() if p.grad is not None}
+
+    (loss, some), (whole_loss, all_of_them) = gradients(end), gradients(everything)
+    assert torch.equal(loss, whole_loss)
+    assert all(parameter.requires_grad for parameter in parameters.values())
+    assert some.keys() == {key for key in all_of_them if key.startswith(tuple(f"{name}." for name in end.trained))}
+    for key, gradient in some.items():
+        torch.testing.assert_close(gradient, all_of_them[key])
 
 
 def test_distillation_beats_rounding_on_the_bundled_model(tmp_path: Path) -> None:

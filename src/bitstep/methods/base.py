@@ -20,7 +20,7 @@ from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.slots import Slot, Variant
 from bitstep.steps import StepCursor
-from bitstep.structure import Structure
+from bitstep.structure import Block, Structure, blocks
 from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
 
 Effort = Literal["quick", "standard", "full"]
@@ -170,6 +170,19 @@ class Context:
     def trained(self) -> Mapping[str, nn.Module]:
         """All modules with parameters to train."""
         return {**self.layers, **self.attention}
+
+    def blocks(self) -> list[Block]:
+        """The denoiser's blocks with layers to train, in execution order."""
+        return [block for block in blocks(self.teacher, self.structure) if set(block.layers) & set(self.layers)]
+
+    def within(self, *chosen: Block) -> tuple[dict[str, FakeQuantized], dict[str, AttentionQuantizer]]:
+        """The layers and the attention to train in these blocks, by name."""
+        names = {name for block in chosen for name in block.layers}
+        prefixes = tuple(f"{block.name}." for block in chosen)
+        return (
+            {name: layer for name, layer in self.layers.items() if name in names},
+            {name: site for name, site in self.attention.items() if f"{name}.".startswith(prefixes)},
+        )
 
     def loss_weights(self, timestep: Tensor, emphasis: float) -> Tensor:
         """``s[t] ** emphasis``, divided by its mean over the pool's timesteps, for every ``timestep``; ``[batch]``."""

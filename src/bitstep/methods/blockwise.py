@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitstep.calls import Call, run
 from bitstep.methods.base import Context, Objective, Phase, Unit
 from bitstep.randomness import draw
-from bitstep.structure import Block, blocks
+from bitstep.structure import Block
 
 
 class BlockwiseDistillation(Objective):
@@ -40,10 +40,7 @@ class BlockwiseDistillation(Objective):
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
-        trained = [
-            block for block in blocks(context.teacher, context.structure) if set(block.layers) & set(context.layers)
-        ]
-        for block in trained[start:]:
+        for block in context.blocks()[start:]:
             yield _unit(block, context, phase, indices, self.emphasis)
 
 
@@ -61,8 +58,7 @@ def _unit(block: Block, context: Context, phase: Phase, indices: Tensor, emphasi
         pairs = zip(_tensors(output), _tensors(target), strict=True)
         return torch.stack([_distance(a, b, weights) for a, b in pairs]).sum()
 
-    layers = {name: context.layers[name] for name in block.layers if name in context.layers}
-    attention = {name: site for name, site in context.attention.items() if f"{name}.".startswith(f"{block.name}.")}
+    layers, attention = context.within(block)
     return Unit(block.name, layers, loss, attention)
 
 

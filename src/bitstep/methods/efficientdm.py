@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from pydantic import PositiveInt
 from torch import Tensor
 
 from bitstep.calls import run
+from bitstep.layers import frozen
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
 from bitstep.methods.rewrites import SplitConcatenation
 from bitstep.randomness import draw
@@ -28,12 +30,20 @@ class TrajectoryDistillation(Objective):
     Where the pipeline combines a guidance batch, the loss is on the guided output. x_{t-1} never depends on the
     student, so the trajectories can be recorded ahead and ``shuffled`` (batches mix timesteps), or generated while
     training (``streaming``: one trajectory batch after another, its steps in order, nothing on disk).
+
+    last: only the last so many blocks are trained, and gradients and their memory end there; None trains all
     """
 
     kind: Literal["trajectory"] = "trajectory"
     order: Literal["shuffled", "streaming"] = "shuffled"
+    last: PositiveInt | None = None
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
+        layers, attention = context.layers, context.attention
+        if self.last is not None:
+            layers, attention = context.within(*context.blocks()[-self.last :])
+        others = [module for name, module in context.trained.items() if name not in {*layers, *attention}]
+
         def loss(iteration: int) -> Tensor:
             if self.order == "shuffled":
                 pool = context.pool
@@ -44,11 +54,13 @@ class TrajectoryDistillation(Objective):
                 indices = pool.indices_at(len(pool.timesteps) - 1 - step)[: phase.batch_size]
             call, target = context.batch(pool, indices)
             weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
-            error = pool.guided(run(context.student, call).float() - target.float())
+            with frozen(others):
+                output = run(context.student, call)
+            error = pool.guided(output.float() - target.float())
             return (error.square().flatten(1).mean(1) * weights.to(error)).mean()
 
         if start == 0:
-            yield Unit("denoiser", context.layers, loss, context.attention)
+            yield Unit("denoiser", layers, loss, attention)
 
 
 _SHORT: dict[str, Any] = {

@@ -48,6 +48,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     return _FakeQuantize.apply(x, scale, zero_point, bits)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The values of :func:`fake_quantize`, computed by operations of torch alone: packed models call this one, so that
+    whoever records their passes sees all of it."""
+    return _level(x * scale.reciprocal(), zero_point, levels(bits) - 1) * scale
+
+
 def round_zero_point(zero_point: Tensor, bits: int) -> Tensor:
     """Nearest integer in [0, N-1] with a straight-through gradient, so that zero stays exactly representable."""
     clamped = zero_point.clamp(0, levels(bits) - 1)
@@ -59,16 +65,15 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Keeps x alone for the backward pass. Where gradients are wanted, rows of float32 on a CPU are worked on by
-    :mod:`bitstep.numerics.rows`; packed models, whose passes are recorded, stay with operations of torch."""
+    """Keeps x alone for the backward pass. Rows of float32 on a CPU are worked on by :mod:`bitstep.numerics.rows`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.top = levels(bits) - 1
-        if any(ctx.needs_input_grad) and rows.in_rows(x, scale, zero_point):
+        if rows.in_rows(x, scale, zero_point):
             return rows.fake_quantize(x, scale, zero_point, ctx.top)
-        return _level(x * scale.reciprocal(), zero_point, ctx.top) * scale
+        return rounded(x, scale, zero_point, bits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

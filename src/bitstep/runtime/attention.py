@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, Interception, attend, intercept
-from bitstep.numerics.uniform import fake_quantize
+from bitstep.numerics.uniform import rounded
 from bitstep.runtime import native
 from bitstep.runtime.tables import StepRows, rows_of
 from bitstep.steps import per_sample
@@ -129,7 +129,7 @@ class PackedAttention(nn.Module):
 
     def _round(self, name: str, x: Tensor) -> Tensor:
         scale, zero_point, bits = self._operand(name, x)
-        return fake_quantize(x.float(), per_sample(scale, x), per_sample(zero_point, x), bits).to(x.dtype)
+        return rounded(x.float(), per_sample(scale, x), per_sample(zero_point, x), bits).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitstep.numerics.uniform import fake_quantize
+from bitstep.numerics.uniform import rounded
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
 from bitstep.steps import per_sample
 
@@ -38,7 +38,7 @@ def in_float(problem: Problem, tensors: LayerTensors, *, channels_last: bool = F
         if reciprocal is not None:
             x = x * reciprocal
         if bits is not None and scale is not None and zero_point is not None:
-            x = fake_quantize(x, per_sample(scale, x), per_sample(zero_point, x), bits)
+            x = rounded(x, per_sample(scale, x), per_sample(zero_point, x), bits)
         return operation(x, weight, bias)  # type: ignore[no-any-return]
 
     return forward
