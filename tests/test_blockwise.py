@@ -135,9 +135,7 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
 def test_the_last_blocks_train_as_in_training_of_all(name: str, tmp_path: Path) -> None:
     """The same loss and the same gradients as without ``last``, and none for what comes before."""
     context = context_of(*recorded(name), tmp_path)
-    everything, end = (
-        next(TrajectoryDistillation(last=last).units(context, PHASE, 0)) for last in (None, 2)
-    )
+    everything, end = (next(TrajectoryDistillation(last=last).units(context, PHASE, 0)) for last in (None, 2))
     assert everything.trained.keys() == context.trained.keys()
     assert 0 < len(end.layers) < len(context.layers)
     assert [name for block in context.blocks()[-2:] for name in block.layers if name in context.layers] == [*end.layers]

@@ -27,6 +27,13 @@ def refusal(layer: nn.Module) -> str | None:
     return None
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a Linear, Conv1d or Conv2d, ``[out, in / groups, *kernel]``."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 class FakeQuantized(nn.Module):
     """A Linear, Conv1d or Conv2d with a fake-quantized weight and, unless ``input_quantizer`` is None, input.
 

@@ -148,6 +148,12 @@ def _fit(
         pool = record(source, work / POOL, progress=update, **amount, **sampling)
     if method.output.preconditioned:
         check(teacher, pool)
+    found = importance = None
+    distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
+    if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
+        with report.bar("measure how far errors carry") as update:
+            found = _once(work / SENSITIVITY, lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
+        importance = found**emphasis
     with report.bar("calibrate activation ranges") as update:
         student = prepare(
             teacher,
@@ -155,14 +161,9 @@ def _fit(
             method,
             weight_bits=recipe.weight_bits,
             activation_bits=recipe.activation_bits,
+            importance=importance,
             progress=update,
         )
-
-    found = None
-    distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
-    if any(objective.emphasis for objective in distilled):
-        with report.bar("measure how far errors carry") as update:
-            found = _once(work / SENSITIVITY, lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
 
     @lru_cache(maxsize=1)
     def streamed(number: int) -> Pool:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitstep.calls import Call, run
-from bitstep.layers import QUANTIZABLE
+from bitstep.layers import QUANTIZABLE, weight_of
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,7 @@ def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:
 def _layer_info(
     name: str, layer: nn.Module, runs: list[_Run], batch: int, *, sees_sample: bool, sees_timestep: bool
 ) -> LayerInfo:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(layer)
     positions = [run.output_shape.numel() // len(weight) for run in runs]
     return LayerInfo(
         name,

@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from bitstep.errors import UsageError
-from bitstep.layers import QUANTIZABLE, FakeQuantized, refusal
+from bitstep.layers import QUANTIZABLE, FakeQuantized, refusal, weight_of
+from bitstep.numerics.allocation import allocate
 from bitstep.slots import Slot
 from bitstep.structure import Structure
 
@@ -54,6 +55,11 @@ class LayerPlan:
     weights: int
     bases: int = 1
 
+    @property
+    def size_bits(self) -> int:
+        """Bits of all its weights."""
+        return self.weights * self.weight_bits * self.bases
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -84,8 +90,7 @@ class Plan:
     @property
     def average_weight_bits(self) -> float:
         """Bits a weight, over all weights of the quantized layers."""
-        bits = sum(layer.weights * layer.weight_bits * layer.bases for layer in self.layers)
-        return bits / sum(layer.weights for layer in self.layers)
+        return sum(layer.size_bits for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
 
 Coverage = Literal["full", "efficientdm"]
@@ -118,7 +123,7 @@ def plan(
     for info in structure.layers:
         module = denoiser.get_submodule(info.name)
         layer = LayerPlan(
-            info.name, weight_bits, bits, per_step and bits is not None, True, info.macs, _weights(module)
+            info.name, weight_bits, bits, per_step and bits is not None, True, info.macs, weight_of(module).numel()
         )
         if info.name in sensitive:
             outer = info.name in (structure.first, structure.last)
@@ -193,6 +198,20 @@ def add_bases(plan: Plan, structure: Structure, average: float) -> Plan:
     return replace(plan, layers=tuple(replace(p, bases=2) if p.name in doubled else p for p in plan.layers))
 
 
+def add_bits(
+    plan: Plan, average: float, choices: Mapping[str, Sequence[LayerPlan]], errors: Mapping[str, Sequence[float]]
+) -> Plan:
+    """Give every named layer one of its ``choices``, bits ascending and the first what it is in ``plan``, so that the
+    sum of their ``errors`` is least within an average of ``average`` bits a weight."""
+    room = (average - plan.average_weight_bits) * sum(layer.weights for layer in plan.layers)
+    priced = {
+        name: [(choice.size_bits, error) for choice, error in zip(found, errors[name], strict=True)]
+        for name, found in choices.items()
+    }
+    chosen = {name: choices[name][place] for name, place in allocate(priced, room).items()}
+    return replace(plan, layers=tuple(chosen.get(layer.name, layer) for layer in plan.layers))
+
+
 def operate(
     denoiser: nn.Module, plan: Plan, build: Callable[[LayerPlan, nn.Module], FakeQuantized]
 ) -> dict[str, FakeQuantized]:
@@ -215,11 +234,6 @@ def _outside_paper_coverage(name: str, module: nn.Module, structure: Structure) 
     if isinstance(module, nn.Conv1d):
         return "coverage 'efficientdm' leaves Conv1d attention in floating point"
     return None
-
-
-def _weights(module: nn.Module) -> int:
-    assert isinstance(module.weight, Tensor)
-    return module.weight.numel()
 
 
 def _type_names(module: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +24,9 @@ from bitstep.structure import Block, Structure, blocks
 from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
 
 Effort = Literal["quick", "standard", "full"]
+Errors = Callable[[Mapping[str, Sequence[LayerPlan]]], Mapping[str, Sequence[float]]]
+"""Measures what each of the plans that a layer might have would do to the denoiser's output
+(:mod:`bitstep.stages.weight_errors`)."""
 
 
 class Weights(Variant):
@@ -33,7 +36,7 @@ class Weights(Variant):
     def layer_bits(self, bits: float) -> int:
         """The bits of an ordinary layer for an average of ``bits``; raises ValueError where that cannot be."""
 
-    def refine(self, plan: Plan, structure: Structure, bits: float) -> Plan:
+    def refine(self, plan: Plan, structure: Structure, bits: float, errors: Errors) -> Plan:
         """The plan, with what this quantizer does to meet an average of ``bits``."""
         return plan
 

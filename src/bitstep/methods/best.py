@@ -5,7 +5,7 @@ distillation, and such an output."""
 from __future__ import annotations
 
 from bitstep.methods.base import Activations, LearningRates, Output
-from bitstep.methods.binarydm import BINARY_BASELINE, WarmUp
+from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights, WarmUp
 from bitstep.methods.efficientdm import EFFICIENTDM, TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
@@ -18,6 +18,7 @@ _SHORT = {"weight": 1e-2, "weight_scale": 1e-2, "activation_scale": 1e-2, "activ
 BEST_BINARY = BINARY_BASELINE.model_copy(
     update={
         "name": "best-binary",
+        "weights": BinaryWeights(allocation="measured"),
         "activations": Activations(per_step=False),  # signed codes would go unused by half behind a SiLU
         "output": Output(preconditioned=True),
         "training": (

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from bitstep.calls import Call, run
@@ -27,6 +27,7 @@ from bitstep.methods.base import (
     AttentionOperands,
     Calibration,
     Context,
+    Errors,
     LearningRates,
     Method,
     Objective,
@@ -43,9 +44,11 @@ from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
 from bitstep.randomness import draw, generator
 from bitstep.structure import Structure, blocks
-from bitstep.surgery import LayerPlan, Plan, add_bases
+from bitstep.surgery import LayerPlan, Plan, add_bases, add_bits
 
 Share = Annotated[float, Field(ge=0, le=1)]
+WIDER_BITS = (4, 8)
+"""Uniform bits that a measured allocation may give a layer, besides a second basis."""
 FEATURE_IMAGES = 16
 """Trajectories whose features, at every timestep, make the bases of low-rank mimicking."""
 
@@ -53,12 +56,21 @@ FEATURE_IMAGES = 16
 class BinaryWeights(Weights):
     """One bit a weight. What is asked beyond one bit on average buys second bases (LMB, :func:`add_bases`).
 
-    evolvable: every layer starts with a second basis, for :class:`EvolvableBasis` to take away.
-    Layers that a rule gives more bits are uniform.
+    evolvable: every layer starts with a second basis, for :class:`EvolvableBasis` to take away
+    allocation: "resolution" is the paper's; "measured" buys what lowers the error of the output most for its bits, a
+        second basis here, four or eight uniform bits there
+    Layers that get, or that a rule gives, more than one bit are uniform.
     """
 
     kind: Literal["binary"] = "binary"
     evolvable: bool = False
+    allocation: Literal["resolution", "measured"] = "resolution"
+
+    @model_validator(mode="after")
+    def _has_something_to_allocate(self) -> Self:
+        if self.evolvable and self.allocation == "measured":
+            raise ValueError("evolvable bases are everywhere: there is nothing to allocate")
+        return self
 
     def layer_bits(self, bits: float) -> int:
         most = 1 if self.evolvable else 2
@@ -66,8 +78,15 @@ class BinaryWeights(Weights):
             raise ValueError(f"binary weights take {'1 bit' if self.evolvable else '1 to 2 bits'}, got {bits:g}")
         return 1
 
-    def refine(self, plan: Plan, structure: Structure, bits: float) -> Plan:
-        return add_bases(plan, structure, 2 * plan.average_weight_bits if self.evolvable else bits)
+    def refine(self, plan: Plan, structure: Structure, bits: float, errors: Errors) -> Plan:
+        if self.allocation == "resolution":
+            return add_bases(plan, structure, 2 * plan.average_weight_bits if self.evolvable else bits)
+        choices = {
+            layer.name: [layer, replace(layer, bases=2), *(replace(layer, weight_bits=wider) for wider in WIDER_BITS)]
+            for layer in plan.layers
+            if layer.weight_bits == 1
+        }
+        return add_bits(plan, bits, choices, errors(choices))
 
     def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
         if layer.weight_bits > 1:

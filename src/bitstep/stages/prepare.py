@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, attend, intercept
 from bitstep.calls import Pool
-from bitstep.layers import FakeQuantized
+from bitstep.layers import FakeQuantized, weight_of
 from bitstep.methods.base import Method, Rewrite, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe
+from bitstep.stages.weight_errors import weight_errors
 from bitstep.steps import StepCursor, StepGrid
 from bitstep.structure import Structure, trace
 from bitstep.surgery import AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
@@ -47,9 +48,13 @@ def prepare(
     *,
     weight_bits: float,
     activation_bits: int,
+    importance: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Student:
-    """Decide the plan, observe the teacher's activations on ``pool``, and replace the layers of a copy of it."""
+    """Decide the plan, observe the teacher's activations on ``pool``, and replace the layers of a copy of it.
+
+    importance: ``[T]``, what errors at each timestep count where bits are allocated by them; None for all alike
+    """
     device = next(teacher.parameters()).device
     structure = trace(teacher, pool.batch(pool.indices_at(0)[:2])[0].to(device))
     decided = plan(
@@ -61,7 +66,17 @@ def prepare(
         coverage=method.layers.coverage,
         rules=method.layers.rules,
     )
-    decided = method.weights.refine(decided, structure, weight_bits)
+
+    def errors(choices: Mapping[str, Sequence[LayerPlan]]) -> Mapping[str, Sequence[float]]:
+        weights = {name: weight_of(teacher.get_submodule(name)) for name in choices}
+        rounded = {
+            name: [method.weights.build(weights[name], choice).codes() for choice in found]
+            for name, found in choices.items()
+        }
+        counts = torch.ones(len(pool.timesteps)) if importance is None else importance
+        return weight_errors(teacher, pool, rounded, counts, progress=progress)
+
+    decided = method.weights.refine(decided, structure, weight_bits, errors)
     names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
     observed = {}
     if names:
