@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pipelines import build
 from torch import Tensor, nn
 
+from bitstep.calls import run
 from bitstep.layers import FakeQuantized
-from bitstep.methods.dilatequant import Dilation
+from bitstep.methods.dilatequant import DILATEQUANT, Dilation
 from bitstep.methods.rewrites import Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
 from bitstep.numerics.uniform import search_range
-from bitstep.quantizers.weights import DenseWeight, UniformWeight
-from bitstep.stages.prepare import rewrite
+from bitstep.quantizers.activations import ActivationQuantizer
+from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
+from bitstep.stages.calibrate import stream
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.load import Source
+from bitstep.stages.prepare import prepare
+from bitstep.stages.rewrite import scale_of
 
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv1d | nn.Conv2d, tuple[int, ...]]] = {
     "linear": (nn.Linear(24, 10), (3, 5, 24)),
@@ -92,22 +99,45 @@ def test_rewrites_follow_one_another() -> None:
     layer, groups, _ = uneven("linear")
     ranges = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5
     ranges[:8] *= 10
-    split = rewrite((SplitConcatenation(),), layer.weight, groups, ranges, (8, 16))
+    split = scale_of((SplitConcatenation(),), layer.weight, groups, ranges, (8, 16))
     assert torch.unique(split[:8]).numel() == torch.unique(split[8:]).numel() == 1
     torch.testing.assert_close((ranges / split)[:8].max(), (ranges / split)[8:].max())
-    both = rewrite((SplitConcatenation(), Dilation()), layer.weight, groups, ranges, (8, 16))
+    both = scale_of((SplitConcatenation(), Dilation()), layer.weight, groups, ranges, (8, 16))
     torch.testing.assert_close(both, split * dilation(stretched(layer.weight, split, groups), groups))
-    assert torch.equal(rewrite((SplitConcatenation(),), layer.weight, groups, ranges, ()), torch.ones(24))
+    assert torch.equal(scale_of((SplitConcatenation(),), layer.weight, groups, ranges, ()), torch.ones(24))
 
 
 def test_smoothing_shares_the_ranges_of_input_and_weight() -> None:
     layer, groups, _ = uneven("linear")
     weight = layer.weight.detach()
     ranges = torch.rand(24, generator=torch.Generator().manual_seed(2)) + 0.1
-    half = rewrite((Smoothing(strength=0.5),), weight, groups, ranges, ())
+    half = scale_of((Smoothing(strength=0.5),), weight, groups, ranges, ())
     shared = stretched(weight, half, groups).abs().amax(0) / (ranges / half)
     torch.testing.assert_close(shared, shared[0].expand(24))
-    whole = rewrite((Smoothing(strength=1.0),), weight, groups, ranges, ())
+    whole = scale_of((Smoothing(strength=1.0),), weight, groups, ranges, ())
     torch.testing.assert_close(ranges / whole, ranges.min().expand(24))
     grouped, groups, _ = uneven("grouped")
-    assert torch.equal(rewrite((Smoothing(),), grouped.weight, groups, ranges, ()), torch.ones(24))
+    assert torch.equal(scale_of((Smoothing(),), grouped.weight, groups, ranges, ()), torch.ones(24))
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit"])
+def test_norms_that_only_rewritten_layers_read_take_the_reciprocals(name: str) -> None:
+    """Exactly: the student that rounds nothing is the teacher."""
+    pipeline = build(name)
+    source = Source(name, pipeline, denoiser_name(pipeline))
+    source.denoiser.requires_grad_(False)
+    pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
+    method = DILATEQUANT.model_copy(update={"rewrites": (Smoothing(), Dilation())})
+    student = prepare(source.denoiser, pool, method, weight_bits=4, activation_bits=4)
+    readers = [reader for names in student.folded.values() for reader in names]
+    assert all(student.layers[reader].channel_reciprocal is None for reader in readers)
+    projections = {"to_q", "to_k", "to_v"}
+    expected = {"ddim": projections, "stable_diffusion": projections | {"proj", "proj_in"}, "dit": set[str]()}
+    assert {reader.rpartition(".")[2] for reader in readers} == expected[name]
+    assert any(layer.channel_reciprocal is not None for layer in student.layers.values())  # behind activations
+    for module in (student.denoiser, *student.attention.values()):
+        for part in module.modules():
+            if isinstance(part, WeightQuantizer | ActivationQuantizer):
+                part.enabled = False
+    call, target = pool.batch(torch.arange(len(pool)))
+    torch.testing.assert_close(run(student.denoiser, call), target, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,8 @@ from bitstep import run
 from bitstep.calls import run as call_denoiser
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
+from bitstep.methods.base import Effort
+from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
@@ -40,11 +42,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def tiny(name: str, **changes: Any) -> dict[str, Any]:
+def phases_of(name: str, effort: Effort) -> int:
+    return len(resolve(name, some_bits(METHODS[name]), effort).method.training)
+
+
+def tiny(name: str, effort: Effort = "full", **changes: Any) -> dict[str, Any]:
     """Arguments of a run of method ``name`` that takes a second or two."""
-    phases = range(len(METHODS[name].training))
+    phases = range(phases_of(name, effort))
     shorter = [f"training.{i}.{key}" for i in phases for key in ("iterations=4", "batch_size=3")]
-    return {"recipe": name, "bits": some_bits(METHODS[name]), "effort": "full", "overrides": TINY + shorter} | changes
+    return {"recipe": name, "bits": some_bits(METHODS[name]), "effort": effort, "overrides": TINY + shorter} | changes
 
 
 def weights(folder: Path) -> bytes:
@@ -72,31 +78,36 @@ def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: 
         assert torch.equal(call_denoiser(packed.denoiser, call), expected)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.training])
-def test_a_killed_run_resumes_to_the_same_bytes(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
-    whole = run.quantize(teacher, out=tmp_path / "whole", **tiny(name))
+@pytest.mark.parametrize(
+    ("name", "effort"),
+    [*((name, "full") for name, method in METHODS.items() if method.training), ("dilatequant", "quick")],
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    name: str, effort: Effort, teacher: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    whole = run.quantize(teacher, out=tmp_path / "whole", **tiny(name, effort))
     monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 0.0)
     real = finetune.finetune
 
     def killed(*args: Any) -> Iterator[finetune.Step]:
-        for number, step in enumerate(real(*args)):
-            if number == 6 % (4 * len(METHODS[name].training)):
+        for step in real(*args):
+            if (step.phase, step.iteration) == (phases_of(name, effort) - 1, 3):
                 raise KeyboardInterrupt
             yield step
 
     monkeypatch.setattr(run, "finetune", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.quantize(teacher, out=tmp_path / "killed", **tiny(name))
+        run.quantize(teacher, out=tmp_path / "killed", **tiny(name, effort))
     assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(run, "finetune", real)
     with pytest.raises(UsageError, match="unfinished run"):
-        run.quantize(teacher, out=tmp_path / "killed", **tiny(name))
+        run.quantize(teacher, out=tmp_path / "killed", **tiny(name, effort))
     with pytest.raises(UsageError, match="another source, seed or recipe"):
-        run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, seed=5))
-    resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name))
+        run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort, seed=5))
+    resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort))
     assert weights(resumed) == weights(whole)
     assert (resumed / "run" / run.LOSS).read_text() == (whole / "run" / run.LOSS).read_text()
-    assert run.quantize(teacher, out=resumed, resume=True, **tiny(name)) == resumed
+    assert run.quantize(teacher, out=resumed, resume=True, **tiny(name, effort)) == resumed
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -147,3 +147,33 @@ def test_what_is_left_alone_is_listed_with_a_reason_and_shared_modules_once() ->
     }
     assert structure.downsample == ("shrink",)
     assert structure.total_macs == sum(layer.macs for layer in structure.layers) + 6 * 8 * 8 * 2
+
+
+class _Normalized(nn.Module):
+    """Two layers read a norm's output; ``also`` says what else is done with it."""
+
+    def __init__(self, also: str = "") -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.GroupNorm(2, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.also = also
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = self.norm(sample + timestep[:, None, None] / 1000)
+        tokens = x.transpose(1, 2)
+        if self.also == "mixed":  # as many channels, but others
+            tokens = x.reshape(len(x), 8, 8)
+        y = self.one(tokens) * self.two(tokens)
+        if self.also == "residual":
+            y = y + tokens
+        if self.also == "twice":
+            y = self.one(y)
+        assert isinstance(y, Tensor)
+        return y
+
+
+@pytest.mark.parametrize("also", ["", "residual", "mixed", "twice"])
+def test_a_norm_belongs_to_layers_when_nothing_else_reads_it(also: str) -> None:
+    torch.manual_seed(0)
+    call = Call({"sample": torch.randn(2, 8, 8), "timestep": torch.tensor([10.0, 500.0])})
+    layers = {info.name: info.norm for info in trace(_Normalized(also), call).layers}
+    assert layers == dict.fromkeys(("one", "two"), None if also else "norm")

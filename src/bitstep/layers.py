@@ -34,6 +34,11 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
+def groups_of(layer: nn.Module) -> int:
+    """Groups of a convolution's channels; 1 for a Linear."""
+    return int(getattr(layer, "groups", 1))
+
+
 class FakeQuantized(nn.Module):
     """A Linear, Conv1d or Conv2d with a fake-quantized weight and, unless ``input_quantizer`` is None, input.
 

@@ -238,6 +238,7 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
         "attention": [asdict(site) for site in student.plan.attention],
         "left_alone": dict(student.plan.left_alone),
         "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
+        "folded": student.folded,
     }
     _write_json(folder / "run" / PLAN, plan)
     if out.exists():
@@ -246,7 +247,8 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
     shutil.rmtree(work)
     report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
     if student.rewritten:
-        report.line(summary(student.rewritten.values()))
+        folded = sum(len(readers) for readers in student.folded.values())
+        report.line(f"{summary(student.rewritten.values())}; in {folded} of them by the norm before")
 
 
 def _claim(out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:

@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitstep.calls import Call, run
 from bitstep.layers import QUANTIZABLE, weight_of
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -32,7 +34,8 @@ class LayerInfo:
 
     input_shape and output_shape are those of the first run, the batch included; ``positions`` is how often the weight
     is applied per sample in that run (output pixels or tokens). ``parts`` are the channels of each tensor that was
-    concatenated into the layer's input directly before it; empty for any other input.
+    concatenated into the layer's input directly before it; empty for any other input. ``norm`` is the norm with gains
+    whose output, reshaped at most, is the layer's input and that of no operation but such layers; else None.
     """
 
     name: str
@@ -44,6 +47,7 @@ class LayerInfo:
     parts: tuple[int, ...]
     sees_sample: bool
     sees_timestep: bool
+    norm: str | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def trace(denoiser: nn.Module, call: Call) -> Structure:
             batch,
             sees_sample=runs != other_sample.get(name),
             sees_timestep=runs != other_timestep.get(name),
+            norm=seen.norm_of(name),
         )
         for name, runs in seen.layers.items()
     )
@@ -187,6 +192,10 @@ class _Observation(TorchFunctionMode):
         self.last = ""
         self._running: list[str] = []
         self._concatenated: dict[int, tuple[Tensor, list[Tensor], int]] = {}  # holding a tensor keeps its id its own
+        self._normalized: dict[int, tuple[Tensor, str]] = {}  # what norms returned, and other shapes of it
+        self._norm_sums: dict[str, list[Tensor]] = {}  # of every run, over all but channels
+        self._readers: dict[str, set[str]] = {}  # of every norm's output: the modules that read it
+        self._read: dict[str, list[tuple[str, Tensor]]] = {}  # of every layer's run on a norm's output: norm and sums
 
     def enter(self, name: str, *_: Any) -> None:
         self._running.append(name)
@@ -200,6 +209,27 @@ class _Observation(TorchFunctionMode):
         parts = self._parts(args[0], channel_axis(layer))
         self.layers.setdefault(name, []).append(_Run(x.shape, output.shape, parts, checksum))
         self.last = name
+        if id(args[0]) in self._normalized:
+            norm = self._normalized[id(args[0])][1]
+            self._read.setdefault(name, []).append((norm, _channel_sums(args[0], channel_axis(layer))))
+
+    def norm_ran(self, name: str, norm: nn.Module, _: Any, output: Tensor) -> None:
+        self._norm_sums.setdefault(name, []).append(_channel_sums(output, 1 if isinstance(norm, nn.GroupNorm) else -1))
+        self._normalized[id(output)] = output, name
+
+    def norm_of(self, layer: str) -> str | None:
+        """See :class:`LayerInfo`."""
+        if not self._read_once(layer):
+            return None
+        ((norm, sums),) = self._read[layer]
+        found = self._norm_sums[norm]
+        if len(found) != 1 or found[0].shape != sums.shape or not torch.allclose(found[0], sums):
+            return None  # other channels: they were taken apart or put together
+        return norm if all(map(self._read_once, self._readers[norm])) else None
+
+    def _read_once(self, layer: str) -> bool:
+        """Whether ``layer`` ran once, on what a norm returned."""
+        return len(self.layers.get(layer, ())) == len(self._read.get(layer, ())) == 1
 
     def _parts(self, x: Tensor, axis: int) -> tuple[int, ...]:
         _, tensors, dim = self._concatenated.get(id(x), (x, [], axis))
@@ -214,10 +244,25 @@ class _Observation(TorchFunctionMode):
             query, key, value = (operand.shape for operand in operands[:3])
             self.attention.setdefault(self._running[-1], []).append((query, key, value))
         result = function(*args, **kwargs)
+        for _, norm in [self._normalized[id(x)] for x in (*args, *kwargs.values()) if id(x) in self._normalized]:
+            if function in _RESHAPING:
+                self._normalized[id(result)] = result, norm
+            elif function.__name__ != "__get__":  # attributes
+                self._readers.setdefault(norm, set()).add(self._running[-1])
         if function in (torch.cat, torch.concat, torch.concatenate):
             tensors = args[0] if args else kwargs["tensors"]
             self._concatenated[id(result)] = result, list(tensors), kwargs.get("dim", (*args, 0)[1])
         return result
+
+
+_RESHAPING = (
+    *(Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze),
+    *(Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.contiguous),
+)
+
+
+def _channel_sums(x: Tensor, axis: int) -> Tensor:
+    return x.detach().double().movedim(axis, 0).flatten(1).sum(1)
 
 
 @contextmanager
@@ -228,6 +273,8 @@ def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
             stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
             if isinstance(module, QUANTIZABLE):
                 stack.callback(module.register_forward_hook(functools.partial(seen.layer_ran, name)).remove)
+            if isinstance(module, NORMS) and module.weight is not None:
+                stack.callback(module.register_forward_hook(functools.partial(seen.norm_ran, name)).remove)
             stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
         stack.enter_context(seen)
         # attention as plain matrix products: the fused kernels of the CPU are invisible to FlopCounterMode
@@ -242,7 +289,14 @@ def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:
 
 
 def _layer_info(
-    name: str, layer: nn.Module, runs: list[_Run], batch: int, *, sees_sample: bool, sees_timestep: bool
+    name: str,
+    layer: nn.Module,
+    runs: list[_Run],
+    batch: int,
+    *,
+    sees_sample: bool,
+    sees_timestep: bool,
+    norm: str | None,
 ) -> LayerInfo:
     weight = weight_of(layer)
     positions = [run.output_shape.numel() // len(weight) for run in runs]
@@ -256,6 +310,7 @@ def _layer_info(
         parts=runs[0].parts,
         sees_sample=sees_sample,
         sees_timestep=sees_timestep,
+        norm=norm,
     )
 
 

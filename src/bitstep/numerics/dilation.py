@@ -68,7 +68,7 @@ def range_aware(scale: Tensor, channel_range: Tensor) -> Tensor:
 
 def stretched(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     """``weight`` ``[out, in / groups, *kernel]`` times ``scale`` ``[in]`` along its input channels."""
-    per_group = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+    per_group = scale.to(weight.device).reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
     return (grouped * per_group).flatten(0, 1)
 

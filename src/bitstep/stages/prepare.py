@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, attend, intercept
 from bitstep.calls import Pool
-from bitstep.layers import FakeQuantized, weight_of
-from bitstep.methods.base import Method, Rewrite, UniformWeights
+from bitstep.layers import FakeQuantized, groups_of, weight_of
+from bitstep.methods.base import Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe
+from bitstep.stages.rewrite import fold, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.steps import StepCursor, StepGrid
 from bitstep.structure import Structure, trace
@@ -30,6 +31,7 @@ class Student:
 
     attention: quantizers of attention operands, by the module that computes it
     rewritten: what the method's rewrites did to every layer that they changed
+    folded: norms whose gains hold 1 / s, and the layers that read them
     """
 
     denoiser: nn.Module
@@ -39,6 +41,7 @@ class Student:
     cursor: StepCursor
     attention: dict[str, AttentionQuantizer]
     rewritten: dict[str, StretchStatistics]
+    folded: dict[str, list[str]]
 
 
 def prepare(
@@ -93,8 +96,9 @@ def prepare(
         observed = observe(teacher, pool, names, attention=sites, images=images, progress=progress)
     signed = method.activations.signed
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
-    parts = {info.name: info.parts for info in structure.layers}
-    rewritten = {}
+    stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
+    readers = {name for names in folded.values() for name in names}
+    rewritten = {name: statistics(stretch, observed[name].channel_range) for name, stretch in stretches.items()}
 
     def quantizer(seen: Observed, bits: int, per_step: bool) -> ActivationQuantizer:
         scale, zero_point = seen.range(bits, method.activations.range, per_step=per_step, signed=signed)
@@ -106,11 +110,10 @@ def prepare(
         if layer.activation_bits is None:
             return FakeQuantized(module, weights.build(module.weight, layer), None).to(device)
         weight, seen, reciprocal = module.weight.detach(), observed[layer.name], None
-        groups = 1 if isinstance(module, nn.Linear) else module.groups
-        stretch = rewrite(method.rewrites, weight, groups, seen.channel_range, parts[layer.name])
-        if bool((stretch != 1).any()):
-            rewritten[layer.name] = statistics(stretch, seen.channel_range)
-            weight, seen, reciprocal = stretched(weight, stretch, groups), seen.divided(stretch), 1 / stretch
+        if layer.name in stretches:
+            stretch = stretches[layer.name]
+            weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
+            reciprocal = None if layer.name in readers else 1 / stretch
         input_quantizer = quantizer(seen, layer.activation_bits, layer.per_step)
         return FakeQuantized(module, weights.build(weight, layer), input_quantizer, reciprocal).to(device)
 
@@ -125,19 +128,11 @@ def prepare(
 
     student = copy.deepcopy(teacher)
     layers = operate(student, decided, build)
+    for norm, names in folded.items():
+        fold(student.get_submodule(norm), stretches[names[0]])
     attention = {}
     for site in decided.attention:
         attention[site.name] = build_attention(site)
         intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, attention, rewritten)
-
-
-def rewrite(
-    rewrites: Iterable[Rewrite], weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]
-) -> Tensor:
-    """The product ``[in]`` of the scales of all rewrites, each seeing what those before it made of the layer."""
-    scale = torch.ones_like(channel_range)
-    for change in rewrites:
-        scale = scale * change.scale(stretched(weight, scale, groups), groups, channel_range / scale, parts)
-    return scale
+    return Student(student, layers, decided, structure, cursor, attention, rewritten, folded)

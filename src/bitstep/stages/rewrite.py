@@ -1,0 +1,75 @@
+"""Calibrate: the scales that a method's rewrites move from the inputs of layers to their weights, and where 1 / s goes.
+
+    Y = (X / s) (s W)
+
+Dividing the input by s is exact in the gains and shifts of a norm whose output nothing but such layers read, which then
+share one s; everywhere else 1 / s is a vector that the layer multiplies its input by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bitstep.layers import groups_of, weight_of
+from bitstep.methods.base import Rewrite
+from bitstep.numerics.dilation import stretched
+from bitstep.stages.ranges import Observed
+from bitstep.structure import Structure
+
+
+def rewrite(
+    teacher: nn.Module, structure: Structure, rewrites: Iterable[Rewrite], observed: Mapping[str, Observed]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """s ``[in]`` of all observed layers that ``rewrites`` change, and the norms that can take 1 / s, with readers.
+
+    On the CPU, as what was observed is.
+    """
+    parts = {info.name: info.parts for info in structure.layers}
+    scales: dict[str, Tensor] = {}
+    norms: dict[str, list[str]] = {}
+    for names, norm in _together(teacher, structure, observed):
+        layers = [teacher.get_submodule(name) for name in names]
+        weight = torch.cat([weight_of(layer).detach().cpu() for layer in layers])
+        scale = scale_of(rewrites, weight, groups_of(layers[0]), observed[names[0]].channel_range, parts[names[0]])
+        if bool((scale != 1).any()):
+            scales |= dict.fromkeys(names, scale)
+            if norm is not None:
+                norms[norm] = names
+    return scales, norms
+
+
+def scale_of(
+    rewrites: Iterable[Rewrite], weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]
+) -> Tensor:
+    """The product ``[in]`` of the scales of all rewrites, each seeing what those before it made of the layer."""
+    scale = torch.ones_like(channel_range)
+    for change in rewrites:
+        scale = scale * change.scale(stretched(weight, scale, groups), groups, channel_range / scale, parts)
+    return scale
+
+
+@torch.no_grad()
+def fold(norm: nn.Module, scale: Tensor) -> None:
+    """Divide what ``norm`` returns by ``scale`` ``[channels]``."""
+    for parameter in norm.parameters(recurse=False):
+        parameter.div_(scale.to(parameter))
+
+
+def _together(
+    teacher: nn.Module, structure: Structure, observed: Mapping[str, Observed]
+) -> Iterator[tuple[list[str], str | None]]:
+    """Layers that share one s, with the norm that takes 1 / s: all that read its output, where all of them are observed
+    and of one shape. Every other layer by itself."""
+    alone = [info.name for info in structure.layers if info.name in observed]
+    for norm in dict.fromkeys(info.norm for info in structure.layers if info.norm is not None):
+        names = [info.name for info in structure.layers if info.norm == norm]
+        layers = [teacher.get_submodule(name) for name in names]
+        alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
+        if alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names):
+            yield names, norm
+            alone = [name for name in alone if name not in names]
+    for name in alone:
+        yield [name], None
