@@ -13,7 +13,14 @@ BEST = EFFICIENTDM.model_copy(
     update={"name": "best", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
 )
 
-_SHORT = {"weight": 1e-2, "weight_scale": 1e-2, "activation_scale": 1e-2, "activation_zero_point": 5e-2}
+_SHORT = {
+    "training.0.learning_rates": {
+        "weight": 1e-2,
+        "weight_scale": 1e-2,
+        "activation_scale": 1e-2,
+        "activation_zero_point": 5e-2,
+    }
+}
 
 BEST_BINARY = BINARY_BASELINE.model_copy(
     update={
@@ -33,8 +40,14 @@ BEST_BINARY = BINARY_BASELINE.model_copy(
             ),
         ),
         "efforts": {
-            effort: {**settings, "training.0.learning_rates": _SHORT}
-            for effort, settings in BINARY_BASELINE.efforts.items()
+            "quick": {**BINARY_BASELINE.efforts["quick"], **_SHORT},
+            # on few trajectories more iterations fit those
+            "standard": {
+                **BINARY_BASELINE.efforts["standard"],
+                **_SHORT,
+                "calibration.images": 256,
+                "training.0.iterations": 2_400,
+            },
         },
     }
 )
