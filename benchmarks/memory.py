@@ -38,7 +38,7 @@ SAMPLES, BATCH, ITERATIONS = 64, 16, 2
 OBJECTIVES: dict[str, Objective] = {
     "end to end": TrajectoryDistillation(),
     "block-wise": BlockwiseDistillation(samples=SAMPLES),
-    "the last three blocks": TrajectoryDistillation(last=3),
+    "the last six blocks": TrajectoryDistillation(last=6),
 }
 
 

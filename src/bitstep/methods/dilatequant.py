@@ -70,7 +70,7 @@ def _short(images: int, samples: int, block_iterations: int, iterations: int) ->
                 "decay": "cosine",
             },
             {
-                "objective": {"kind": "trajectory", "last": 3, "emphasis": 0.5},
+                "objective": {"kind": "trajectory", "last": 6, "emphasis": 0.5},
                 "iterations": iterations,
                 "batch_size": 8,
                 "learning_rates": {
@@ -104,6 +104,6 @@ DILATEQUANT = Method(
     ),
     efforts={
         "quick": _short(images=32, samples=128, block_iterations=20, iterations=150),
-        "standard": _short(images=64, samples=256, block_iterations=150, iterations=1_200),
+        "standard": _short(images=128, samples=256, block_iterations=100, iterations=1_500),
     },
 )
