@@ -19,13 +19,12 @@ BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
 IMAGES = "../shared/data/fruits32"
-SHORTER = ["training.0.iterations=300", "training.0.learning_rates.weight=5e-2"]
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("efficientdm", "W4A4", ["attention.quantized=true"]),  # all of dilatequant's coverage
-    ("dilatequant", "W4A4", SHORTER),
-    ("dilatequant", "W4A4", [*SHORTER, "rewrites=[{kind: smoothing}]"]),  # without dilation
+    ("dilatequant", "W4A4", ["rewrites=[{kind: smoothing}]"]),  # without dilation
+    ("dilatequant", "W4A4", ["training.1.iterations=1"]),  # without the last blocks' training together
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
 )
@@ -36,7 +35,7 @@ TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
 )
-LONGER = ["training.0.iterations=3600"]  # three times the standard effort's, for one bit and what it is compared with
+AS_LONG = ["training.0.iterations=2400"]  # the baseline's, to be compared with best-binary
 SUMMARY = (
     "lsq W4A4",
     "efficientdm W4A4",
@@ -69,10 +68,9 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
         yield "binarydm-ebb", bits, [], IMAGES
     yield "best-binary", "W1.1A4", [], None
-    yield "best-binary", "W1.1A4", ["calibration.images=192"], None
-    yield "best-binary", "W1.1A4", LONGER, None
+    yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
     yield "binary-baseline", "W1A4", [], None
-    yield "binary-baseline", "W1A4", LONGER, IMAGES
+    yield "binary-baseline", "W1A4", AS_LONG, IMAGES
     for overrides in TECHNIQUES:
         yield "binarydm", "W1.1A4", overrides, None
 
