@@ -48,6 +48,14 @@ MODELS = {
 COMPARISONS = [("A", 1), ("A", 4), ("A", 16), ("B", 1), ("C", 1)]
 PEER = "OpenVINO int8 + bf16"
 WIDTHS = {"bitstep W8A8": (8, 8), "bitstep W4A8": (4, 8), "bitstep W4A4": (4, 4), "bitstep W1A4": (1, 4)}
+SUMMARY = (
+    "PyTorch eager fp32",
+    "OpenVINO int8 + f32",
+    "OpenVINO int8 + bf16",
+    "bitstep W8A8",
+    "bitstep W4A4",
+    "bitstep W1A4",
+)
 STEPS = 50  # of DDIM in a pipeline
 PATIENCE = 900  # seconds that a runtime may take to build a model or to answer
 
@@ -368,6 +376,13 @@ def document(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The README's few rows: milliseconds of one forward pass at batch 1."""
+    single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in results["comparisons"] if c["batch"] == 1}
+    lines = [[name, *(f"{rows[name]['median_ms']:.0f}" for rows in single.values())] for name in SUMMARY]
+    return markdown(["runtime", *(MODELS[name].partition(",")[0] for name in single)], lines)
+
+
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", info)
@@ -420,6 +435,7 @@ def main() -> None:
         save()
     if arguments.out == RESULTS:
         put(DOCUMENT, RESULTS.stem, document(results))
+        put(ROOT / "README.md", "speed", summary(results))
     else:
         print(document(results))
 
