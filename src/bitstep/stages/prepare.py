@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitstep.attention import OPERANDS, attend, intercept
 from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized, groups_of, weight_of
-from bitstep.methods.base import Method, UniformWeights
+from bitstep.methods.base import Errors, Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
@@ -60,6 +60,33 @@ def prepare(
     """
     device = next(teacher.parameters()).device
     structure = trace(teacher, pool.batch(pool.indices_at(0)[:2])[0].to(device))
+    errors = partial(_errors, teacher, pool, method, importance, progress)
+    decided = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
+    names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
+    sites = [site.name for site in decided.attention]
+    images = method.calibration.range_images
+    observed = observe(teacher, pool, names, attention=sites, images=images, progress=progress) if names else {}
+    stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
+    cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
+
+    student = copy.deepcopy(teacher)
+    builder = _Builder(method, cursor, observed, stretches, {name for names in folded.values() for name in names})
+    layers = operate(student, decided, builder.layer)
+    for norm, readers in folded.items():
+        fold(student.get_submodule(norm), stretches[readers[0]])
+    attention = {}
+    for site in decided.attention:
+        attention[site.name] = builder.attention(site).to(device)
+        intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
+    cursor.attach(student)
+    rewritten = {name: statistics(stretch, observed[name].channel_range) for name, stretch in stretches.items()}
+    return Student(student, layers, decided, structure, cursor, attention, rewritten, folded)
+
+
+def _decide(
+    teacher: nn.Module, structure: Structure, method: Method, weight_bits: float, activation_bits: int, errors: Errors
+) -> Plan:
+    """What becomes of every layer, and of attention where there are layers with quantized activations."""
     decided = plan(
         teacher,
         structure,
@@ -69,70 +96,73 @@ def prepare(
         coverage=method.layers.coverage,
         rules=method.layers.rules,
     )
-
-    def errors(choices: Mapping[str, Sequence[LayerPlan]]) -> Mapping[str, Sequence[float]]:
-        weights = {name: weight_of(teacher.get_submodule(name)) for name in choices}
-        rounded = {
-            name: [method.weights.build(weights[name], choice).codes() for choice in found]
-            for name, found in choices.items()
-        }
-        counts = torch.ones(len(pool.timesteps)) if importance is None else importance
-        return weight_errors(teacher, pool, rounded, counts, progress=progress)
-
     decided = method.weights.refine(decided, structure, weight_bits, errors)
-    names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
-    observed = {}
-    if names:
-        if method.attention.quantized:
-            decided = add_attention(
-                decided,
-                structure,
-                bits=activation_bits,
-                probability_bits=method.attention.probability_bits,
-                per_step=method.activations.per_step,
-            )
-        sites = [site.name for site in decided.attention]
-        images = method.calibration.range_images
-        observed = observe(teacher, pool, names, attention=sites, images=images, progress=progress)
-    signed = method.activations.signed
-    cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
-    stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
-    readers = {name for names in folded.values() for name in names}
-    rewritten = {name: statistics(stretch, observed[name].channel_range) for name, stretch in stretches.items()}
+    if not method.attention.quantized or all(layer.activation_bits is None for layer in decided.layers):
+        return decided
+    return add_attention(
+        decided,
+        structure,
+        bits=activation_bits,
+        probability_bits=method.attention.probability_bits,
+        per_step=method.activations.per_step,
+    )
 
-    def quantizer(seen: Observed, bits: int, per_step: bool) -> ActivationQuantizer:
-        scale, zero_point = seen.range(bits, method.activations.range, per_step=per_step, signed=signed)
-        return ActivationQuantizer(bits, scale, zero_point, cursor, signed=signed)
 
-    def build(layer: LayerPlan, module: nn.Module) -> FakeQuantized:
+def _errors(
+    teacher: nn.Module,
+    pool: Pool,
+    method: Method,
+    importance: Tensor | None,
+    progress: Callable[[int, int], None],
+    choices: Mapping[str, Sequence[LayerPlan]],
+) -> Mapping[str, Sequence[float]]:
+    """What each of the plans that a layer might have would do to the teacher's output."""
+    weights = {name: weight_of(teacher.get_submodule(name)) for name in choices}
+    rounded = {
+        name: [method.weights.build(weights[name], choice).codes() for choice in found]
+        for name, found in choices.items()
+    }
+    counts = torch.ones(len(pool.timesteps)) if importance is None else importance
+    return weight_errors(teacher, pool, rounded, counts, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Makes the quantized parts of a student from what was observed of its teacher.
+
+    stretches: s of the layers that are rewritten. folded: those among them whose 1 / s a norm's gains hold
+    """
+
+    method: Method
+    cursor: StepCursor
+    observed: Mapping[str, Observed]
+    stretches: Mapping[str, Tensor]
+    folded: Set[str]
+
+    def layer(self, plan: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-        weights = method.weights if layer.trained else UniformWeights()
-        if layer.activation_bits is None:
-            return FakeQuantized(module, weights.build(module.weight, layer), None).to(device)
-        weight, seen, reciprocal = module.weight.detach(), observed[layer.name], None
-        if layer.name in stretches:
-            stretch = stretches[layer.name]
-            weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
-            reciprocal = None if layer.name in readers else 1 / stretch
-        input_quantizer = quantizer(seen, layer.activation_bits, layer.per_step)
-        return FakeQuantized(module, weights.build(weight, layer), input_quantizer, reciprocal).to(device)
+        weight, reciprocal, input_quantizer = module.weight.detach(), None, None
+        if plan.activation_bits is not None:
+            seen = self.observed[plan.name]
+            if plan.name in self.stretches:
+                stretch = self.stretches[plan.name]
+                weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
+                reciprocal = None if plan.name in self.folded else 1 / stretch
+            input_quantizer = self._quantizer(seen, plan.activation_bits, plan.per_step)
+        weights = self.method.weights if plan.trained else UniformWeights()
+        quantized = FakeQuantized(module, weights.build(weight, plan), input_quantizer, reciprocal)
+        return quantized.to(module.weight.device)
 
-    def build_attention(site: AttentionPlan) -> AttentionQuantizer:
-        bits = dict.fromkeys(OPERANDS, site.bits) | {"probability": site.probability_bits}
+    def attention(self, plan: AttentionPlan) -> AttentionQuantizer:
+        bits = dict.fromkeys(OPERANDS, plan.bits) | {"probability": plan.probability_bits}
         return AttentionQuantizer(
             {
-                operand: quantizer(observed[f"{site.name}.{operand}"], bits[operand], site.per_step)
+                operand: self._quantizer(self.observed[f"{plan.name}.{operand}"], bits[operand], plan.per_step)
                 for operand in OPERANDS
             }
-        ).to(device)
+        )
 
-    student = copy.deepcopy(teacher)
-    layers = operate(student, decided, build)
-    for norm, names in folded.items():
-        fold(student.get_submodule(norm), stretches[names[0]])
-    attention = {}
-    for site in decided.attention:
-        attention[site.name] = build_attention(site)
-        intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
-    cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, attention, rewritten, folded)
+    def _quantizer(self, seen: Observed, bits: int, per_step: bool) -> ActivationQuantizer:
+        activations = self.method.activations
+        scale, zero_point = seen.range(bits, activations.range, per_step=per_step, signed=activations.signed)
+        return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=activations.signed)
