@@ -12,10 +12,11 @@ from pipelines import build
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bitstep.calls import Pool, run
+from bitstep.calls import run
 from bitstep.layers import weight_of
 from bitstep.methods.binarydm import BINARYDM, BinaryWeights
 from bitstep.numerics.allocation import allocate
+from bitstep.pool import Pool
 from bitstep.quantizers.weights import DenseWeight, UniformWeight
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import denoiser_name

@@ -15,7 +15,6 @@ from pipelines import build
 from torch import Tensor, nn
 
 from bitstep import run
-from bitstep.calls import Pool
 from bitstep.calls import run as call_denoiser
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
@@ -31,6 +30,7 @@ from bitstep.methods.binarydm import (
 )
 from bitstep.methods.efficientdm import TrajectoryDistillation
 from bitstep.numerics.lowrank import principal_basis
+from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import WeightQuantizer

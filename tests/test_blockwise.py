@@ -10,12 +10,13 @@ import torch
 from pipelines import build
 from torch import Tensor, nn
 
-from bitstep.calls import Call, Pool, run
+from bitstep.calls import Call, run
 from bitstep.methods.base import Context, LearningRates, Method, Unit
 from bitstep.methods.baselines import MSE
 from bitstep.methods.blockwise import BlockwiseDistillation, _Rows
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import record, stream

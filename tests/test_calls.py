@@ -10,8 +10,10 @@ import torch
 from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
-from bitstep.calls import Call, Pool, PoolWriter, Recorder, Shard, fit_guidance, run, wrapped
+from bitstep.calls import Call, run
 from bitstep.errors import BitstepError
+from bitstep.pool import Pool, PoolWriter
+from bitstep.recording import Recorder, Shard, fit_guidance, wrapped
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import denoiser_name, generate_batch
 from bitstep.stages.load import Source
@@ -249,7 +251,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_pool_intact(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bitstep.calls.save_file", full)
+    monkeypatch.setattr("bitstep.pool.save_file", full)
     with pytest.raises(BitstepError, match="No space left"):
         writer.add(shard())
     assert len(Pool.open(tmp_path)) == 4

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention", "errors", "library", "numerics", "preconditioning", "steps", "metrics"),
-    ("calls", "images", "optim", "quantizers", "randomness", "slots", "structure", "layers"),
+    ("calls", "recording", "pool", "images", "optim", "quantizers", "randomness", "slots", "structure", "layers"),
     ("surgery",),
     ("methods",),
     ("stages",),

@@ -33,12 +33,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitstep
-from bitstep.calls import INDEX, Pool
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
+from bitstep.pool import INDEX, Pool
 from bitstep.recipe import Recipe, resolve
 from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream

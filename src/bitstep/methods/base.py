@@ -12,10 +12,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
-from bitstep.calls import Call, Pool
+from bitstep.calls import Call
 from bitstep.images import TrainingImages
 from bitstep.layers import FakeQuantized
 from bitstep.numerics.uniform import RangeMethod
+from bitstep.pool import Pool
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.slots import Slot, Variant

@@ -28,8 +28,9 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from bitstep.calls import Pool, run
+from bitstep.calls import run
 from bitstep.errors import BitstepError, UsageError
+from bitstep.pool import Pool
 from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record

@@ -10,7 +10,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import Pool, PoolWriter, Recorder, Shard, wrapped
+from bitstep.pool import Pool, PoolWriter
+from bitstep.recording import Recorder, Shard, wrapped
 from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bitstep.calls import Pool, run
+from bitstep.calls import run
 from bitstep.errors import UsageError
+from bitstep.pool import Pool
 from bitstep.preconditioning import Preconditioning, fit, sample_name, shared
 from bitstep.steps import StepCursor
 

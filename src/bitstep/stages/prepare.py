@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, attend, intercept
-from bitstep.calls import Pool
 from bitstep.layers import FakeQuantized, groups_of, weight_of
 from bitstep.methods.base import Errors, Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
+from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.stages.ranges import Observed, observe

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstep.attention import attend, intercept
-from bitstep.calls import Pool, run
+from bitstep.calls import run
 from bitstep.numerics.uniform import RangeMethod, search_range
+from bitstep.pool import Pool
 from bitstep.randomness import generator
 from bitstep.structure import channel_axis
 

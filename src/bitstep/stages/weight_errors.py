@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import Pool, run
+from bitstep.calls import run
 from bitstep.layers import weight_of
 from bitstep.numerics.packing import QuantizedWeight
+from bitstep.pool import Pool
 from bitstep.randomness import draw, generator
 
 PROBES = 32

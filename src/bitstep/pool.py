@@ -1,0 +1,196 @@
+"""Recorded calls, kept on disk, gathered into batches that mix timesteps.
+
+Shards (:mod:`bitstep.recording`), in memory or memory-mapped from a folder, make a :class:`Pool`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitstep.calls import Call, put_together
+from bitstep.errors import BitstepError
+from bitstep.recording import OUTPUT, Shard, fit_guidance
+
+INDEX = "pool.json"
+FORMAT_VERSION = 1
+
+
+class Pool:
+    """Recorded calls, one sample per image and call; batches may mix images, shards and timesteps.
+
+    timesteps: the distinct timesteps, float64, ascending
+    unit: the timestep that counts as 1: the schedule's length, or 1 where timesteps are fractions
+    step_of: per sample, the index of its timestep in ``timesteps``
+    guidance: weights ``[k]`` of the k chunks of an output (conditional, unconditional, ...) in what the scheduler
+        receives; None without guidance, or where the combination is not linear. A guided sample is k rows of a call.
+    """
+
+    def __init__(self, shards: Sequence[Shard], train_timesteps: int) -> None:
+        if not shards:
+            raise BitstepError("the pool of recorded calls is empty")
+        self._shards = shards
+        for shard in shards[1:]:
+            _check_gatherable(shards[0], shard)
+        self.guidance = fit_guidance(
+            [gram for shard in shards for gram in shard.grams], torch.finfo(shards[0].tensors[OUTPUT].dtype).eps
+        )
+        self._chunks = 1 if self.guidance is None else len(self.guidance)
+        # per sample: its shard, call and row; chunk j of the sample is j * stride rows further
+        places, timesteps = [], []
+        for i, shard in enumerate(shards):
+            stamps = shard.timesteps[:, : shard.timesteps.shape[1] // self._chunks]
+            timesteps.append(stamps.double().flatten())
+            places.append(torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, stamps.shape)))
+        self._places = torch.cat(places)
+        self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
+        self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
+        self.unit = float(train_timesteps) if self.timesteps[-1] > 1 else 1.0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Pool:
+        """Memory-map the pool that :class:`PoolWriter` wrote to ``folder``."""
+        folder = Path(folder)
+        index = _read_index(folder)
+        shards = [_open_shard(folder, index, i) for i in range(len(index["shards"]))]
+        return cls(shards, index["train_timesteps"])
+
+    def guided(self, rows: Tensor) -> Tensor:
+        """``[chunks * n, ...]``, as calls hold them, -> ``[n, ...]``: the chunks as the pipeline combines them for its
+        scheduler, or the rows as they are where there is no guidance."""
+        if self.guidance is None:
+            return rows
+        return torch.einsum("k,kb...->b...", self.guidance.to(rows), rows.unflatten(0, (self._chunks, -1)))
+
+    def indices_at(self, step: int) -> Tensor:
+        """Samples whose timestep is ``timesteps[step]``."""
+        return torch.nonzero(self.step_of == step).flatten()
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Call, Tensor]:
+        """One call for n samples, and the outputs recorded for it, on the CPU.
+
+        Guided samples take k rows each, chunk by chunk (``k * n`` rows: chunk 0 of all samples, then chunk 1).
+        """
+        where = self._places[torch.as_tensor(indices)]
+        shard_of, call_of, image_of = where.unbind(1)
+        row_of = image_of + torch.arange(self._chunks)[:, None] * self._strides[shard_of]
+        parts = [(self._shards[i], torch.nonzero(shard_of == i).flatten()) for i in torch.unique(shard_of).tolist()]
+
+        def gather(name: str) -> Tensor:
+            rows: Tensor | None = None
+            for shard, at in parts:
+                tensor = shard.tensors[name]
+                if name == OUTPUT or name in shard.varying:
+                    found = tensor[call_of[at], row_of[:, at]]
+                else:
+                    found = tensor[row_of[:, at]]
+                if rows is None:
+                    rows = found.new_empty(self._chunks, len(where), *found.shape[2:])
+                rows[:, at] = found
+            assert rows is not None
+            return rows.flatten(0, 1)
+
+        first = self._shards[0]
+        leaves = {
+            name: gather(name) if name in first.batched else tensor
+            for name, tensor in first.tensors.items()
+            if name != OUTPUT
+        }
+        return Call(put_together(first.skeleton, leaves)), gather(OUTPUT)
+
+
+class PoolWriter:
+    """Writes shards to a folder one by one; what is listed in its index is complete, whatever happens meanwhile.
+
+    ``plan`` says how the shards are made (JSON values). A folder that holds a pool with the same plan is continued,
+    one with another plan refused.
+    """
+
+    def __init__(self, folder: str | Path, plan: Mapping[str, Any], train_timesteps: int) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fresh = {"format_version": FORMAT_VERSION, "plan": dict(plan), "train_timesteps": train_timesteps, "shards": []}
+        self._index: dict[str, Any] = _read_index(self._folder) if (self._folder / INDEX).exists() else fresh
+        if self._index["plan"] != json.loads(json.dumps(dict(plan))):
+            raise BitstepError(f"{folder} holds calls recorded with other settings: delete it or choose another folder")
+
+    def __len__(self) -> int:
+        """Complete shards."""
+        return len(self._index["shards"])
+
+    @property
+    def batched(self) -> tuple[str, ...] | None:
+        """Names of the arguments with a batch dimension, once a shard is there."""
+        return tuple(self._index["batched"]) if len(self) else None
+
+    def add(self, shard: Shard) -> None:
+        """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one."""
+        entry = {
+            "varying": list(shard.varying),
+            "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
+        }
+        index = self._index | {
+            "call": shard.skeleton,
+            "batched": list(shard.batched),
+            "shards": [*self._index["shards"], entry],
+        }
+        path = _shard_path(self._folder, len(self))
+        tensors = {name: tensor.contiguous() for name, tensor in shard.tensors.items()}
+        _write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        _write_atomically(self._folder / INDEX, lambda temporary: temporary.write_text(json.dumps(index)))
+        self._index = index
+
+
+def _check_gatherable(first: Shard, other: Shard) -> None:
+    same = first.skeleton == other.skeleton and first.tensors.keys() == other.tensors.keys()
+    for name, tensor in first.tensors.items() if same else ():
+        if name != OUTPUT and name not in first.batched and not torch.equal(tensor, other.tensors[name]):
+            same = False
+    if not same:
+        raise BitstepError("the recorded shards differ in the denoiser's arguments, so no batch can mix them")
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"calls-{number:05d}.safetensors"
+
+
+def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
+    path, entry = _shard_path(folder, number), index["shards"][number]
+    try:
+        with safe_open(path, "pt") as file:  # tensors stay mapped after the file is closed
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
+    grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
+    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), grams)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BitstepError(f"{folder} holds no pool of recorded calls: cannot read {path.name} ({error})") from error
+    if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
+        raise BitstepError(f"{path} is not a pool of format version {FORMAT_VERSION}: calibrate again")
+    return index
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise BitstepError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,213 @@
+"""Denoiser calls, recorded while the real pipeline runs.
+
+A :class:`Recorder` hooks a denoiser and its scheduler, so no pipeline needs an adapter. What it saw of one pipeline
+batch is a :class:`Shard`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitstep.calls import Call, first_tensor, put_together, run, take_apart, timestep_name
+from bitstep.errors import BitstepError
+
+OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The calls of one pipeline batch, ``rows`` rows each (images times the chunks of guidance).
+
+    tensors: ``output`` ``[calls, rows, ...]`` and one tensor per tensor argument: ``[calls, rows, ...]`` where its
+        name is in ``varying``, else ``[rows, ...]`` where it is in ``batched``, else as it was passed
+    skeleton: the call with names in the place of tensors, JSON
+    grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
+        ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
+    """
+
+    tensors: Mapping[str, Tensor]
+    skeleton: Any
+    batched: tuple[str, ...]
+    varying: tuple[str, ...]
+    grams: tuple[Tensor | None, ...]
+
+    @property
+    def timesteps(self) -> Tensor:
+        """``[calls, rows]``"""
+        name = f"call.{timestep_name(self.skeleton['dict'])}"
+        timesteps = self.tensors[name]
+        return timesteps if name in self.varying else timesteps.expand(len(self.tensors[OUTPUT]), -1)
+
+
+class Recorder:
+    """Records every call of ``denoiser`` while a pipeline makes ``images`` images under this context manager.
+
+    It also watches ``scheduler.step``: where one call's output, in chunks of ``images`` rows, was combined into what
+    the scheduler received, the weights of that combination are the pipeline's classifier-free guidance.
+
+    Raises BitstepError on an output that is not finite, and on arguments that cannot be recorded.
+    """
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any, images: int) -> None:
+        self._denoiser = denoiser
+        self._scheduler = scheduler
+        self._images = images
+        self._names = list(inspect.signature(denoiser.forward).parameters)
+        self._skeleton: Any = None
+        self._shapes: dict[str, torch.Size] = {}
+        self._leaves: list[dict[str, Tensor]] = []
+        self._outputs: list[Tensor] = []
+        self._grams: list[Tensor | None] = []
+        self._pending = 0  # calls since the scheduler's last step
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        handle = self._denoiser.register_forward_hook(self._called, with_kwargs=True)
+        self._exit.callback(handle.remove)
+        self._exit.enter_context(wrapped(self._scheduler, "step", self._watch))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def shard(self, batched: tuple[str, ...] | None = None) -> Shard:
+        """What was recorded. ``batched`` names the arguments with a batch dimension where an earlier shard knows."""
+        if not self._outputs:
+            raise BitstepError(f"the pipeline never called its {type(self._denoiser).__name__}")
+        if batched is None:
+            batched = self._find_batched()
+        tensors = {OUTPUT: torch.stack(self._outputs)}
+        varying = []
+        for name, first in self._leaves[0].items():
+            if all(leaves[name] is first for leaves in self._leaves):
+                tensors[name] = first
+            elif name in batched:
+                tensors[name] = torch.stack([leaves[name] for leaves in self._leaves])
+                varying.append(name)
+            else:
+                raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
+        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams))
+
+    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        result = first_tensor(output).detach()
+        rows = len(result)
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        name = timestep_name(arguments)
+        timestep = torch.as_tensor(arguments[name])
+        if timestep.ndim > 1 or timestep.numel() not in (1, rows):
+            raise BitstepError(f"expected one timestep per sample of the batch of {rows}, got {list(timestep.shape)}")
+        if not bool(result.isfinite().all()):
+            raise BitstepError(
+                f"the output of {type(self._denoiser).__name__} at timestep {timestep.flatten()[0].item():g} is not "
+                "finite (NaN or infinity): check its weights, or load it in float32"
+            )
+        arguments[name] = timestep.reshape(-1).expand(rows)
+        leaves: dict[str, Tensor] = {}
+        skeleton = take_apart(arguments, "call", leaves)
+        shapes = {n: tensor.shape for n, tensor in leaves.items()}
+        if self._outputs and (skeleton, shapes) != (self._skeleton, self._shapes):
+            raise BitstepError("the pipeline's denoiser calls differ in arguments or shapes, so no batch can mix them")
+        self._skeleton, self._shapes = skeleton, shapes
+        # what stays equal from call to call (embeddings, labels) is kept once; copies, since pipelines work in place
+        previous = self._leaves[-1] if self._leaves else {}
+        self._leaves.append({n: _keep(tensor, previous.get(n)) for n, tensor in leaves.items()})
+        self._outputs.append(result.to("cpu", copy=True))
+        self._grams.append(None)
+        self._pending += 1
+
+    def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            handed = args[0] if args else kwargs["model_output"]
+            if self._pending == 1:  # guidance in two passes is two independent calls
+                self._grams[-1] = _gram(self._outputs[-1], handed.detach().cpu(), self._images)
+            self._pending = 0
+            return step(*args, **kwargs)
+
+        return watched
+
+    def _find_batched(self) -> tuple[str, ...]:
+        """Names of the tensors whose first dimension is the batch: those with which one row can be run by itself.
+
+        Length alone does not tell (position ids of 16 tokens in a batch of 16).
+        """
+        leaves = self._leaves[0]
+        device = next(self._denoiser.parameters()).device
+
+        def computed(tensors: dict[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                return run(self._denoiser, Call(put_together(self._skeleton, tensors)).to(device)).cpu()
+
+        output = computed(leaves)  # once more: the recorded one may have been computed in another precision
+        candidates = [n for n, tensor in leaves.items() if tensor.ndim and len(tensor) == len(output)]
+        for dropped in range(len(candidates) if len(output) > 1 else 1):
+            for batched in itertools.combinations(candidates, len(candidates) - dropped):
+                try:
+                    alone = computed({n: tensor[-1:] if n in batched else tensor for n, tensor in leaves.items()})
+                except (RuntimeError, ValueError, IndexError):
+                    continue  # the shapes do not fit together: this was not the batch dimension
+                error = (alone - output[-1:]).float().norm() / output[-1:].float().norm().clamp(min=1e-12)
+                if alone.shape == output[-1:].shape and error < torch.finfo(output.dtype).eps ** 0.5:
+                    return batched
+        raise BitstepError(f"no row of a batch of {type(self._denoiser).__name__} can be computed by itself")
+
+
+def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
+    """Weights ``w`` with ``sum_j w_j chunk_j = y`` in every call, float32 ``[k]``, or None.
+
+    Each gram holds the inner products of the k chunks and y (last), ``[k + 1, k + 1]``. One least-squares fit over
+    all calls, since single ones are ill-conditioned where the chunks are nearly equal. None when a call has no gram,
+    k differs, or a call's residual exceeds what rounding its terms to precision ``eps`` explains.
+    """
+    known = [gram for gram in grams if gram is not None]
+    if len(known) < len(grams) or len({len(gram) for gram in known}) != 1:
+        return None
+    stacked = torch.stack(known)
+    total = stacked.sum(0)
+    weights = torch.linalg.lstsq(total[:-1, :-1], total[:-1, -1:], driver="gelsd").solution[:, 0]
+    combined = torch.cat([weights, weights.new_tensor([-1.0])])
+    residual = torch.einsum("i,cij,j->c", combined, stacked, combined)
+    terms = stacked.diagonal(dim1=1, dim2=2) @ combined.square()
+    return weights.float() if bool((residual <= (4 * eps) ** 2 * terms).all()) else None
+
+
+@contextmanager
+def wrapped(owner: Any, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace ``owner.method`` by ``wrap(owner.method)`` for a while; its signature stays visible."""
+    original, own = getattr(owner, method), method in vars(owner)
+    setattr(owner, method, functools.wraps(original)(wrap(original)))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, method, original)
+        else:
+            delattr(owner, method)
+
+
+def _keep(tensor: Tensor, previous: Tensor | None) -> Tensor:
+    tensor = tensor.detach().cpu()
+    if previous is not None and previous.dtype == tensor.dtype and torch.equal(previous, tensor):
+        return previous
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _gram(output: Tensor, handed: Tensor, images: int) -> Tensor | None:
+    chunked = len(output) > images and len(output) % images == 0
+    if not chunked or len(handed) < images or handed.shape[1] > output.shape[1]:
+        return None
+    # leading channels: a learned variance doubles the output's channels, and the scheduler gets the first half
+    chunks = output[:, : handed.shape[1]].reshape(len(output) // images, -1)
+    combined = handed[:images].flatten()
+    if chunks.shape[1] != len(combined):
+        return None
+    vectors = torch.cat([chunks, combined[None]]).double()
+    return vectors @ vectors.T
