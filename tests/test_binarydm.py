@@ -34,6 +34,7 @@ from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import WeightQuantizer
+from bitstep.run_folder import LOSS
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
 from bitstep.stages.generate import denoiser_name
@@ -397,7 +398,7 @@ def test_data_is_a_folder_of_pictures_and_mosaics(mosaics: Path, tmp_path: Path)
     def quantize(out: str, **changes: Any) -> str:
         arguments: dict[str, Any] = {"recipe": "binarydm", "bits": "W1.1A4", "effort": "full", "overrides": settings}
         run.quantize(str(tmp_path / "teacher"), out=tmp_path / out, **(arguments | changes))
-        return (tmp_path / out / "run" / run.LOSS).read_text()
+        return (tmp_path / out / "run" / LOSS).read_text()
 
     assert quantize("with", data=mosaics) != quantize("without")
     with pytest.raises(UsageError, match="trained without images"):

@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("surgery",),
     ("methods",),
     ("stages",),
-    ("recipe", "run"),
+    ("recipe", "run", "run_folder"),
     ("api",),
     ("cli", "__init__", "registration"),
     ("__main__",),

@@ -21,6 +21,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
 from bitstep.methods.base import Effort
 from bitstep.recipe import resolve
+from bitstep.run_folder import LOSS, RUN
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
@@ -106,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort, seed=5))
     resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort))
     assert weights(resumed) == weights(whole)
-    assert (resumed / "run" / run.LOSS).read_text() == (whole / "run" / run.LOSS).read_text()
+    assert (resumed / "run" / LOSS).read_text() == (whole / "run" / LOSS).read_text()
     assert run.quantize(teacher, out=resumed, resume=True, **tiny(name, effort)) == resumed
     assert not list(tmp_path.glob("*.partial"))
 
@@ -117,7 +118,7 @@ def test_the_result_is_an_ordinary_pipeline_folder(teacher: str, tmp_path: Path)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 8, 8, 3)
-    record = json.loads((out / "run" / run.RUN).read_text())
+    record = json.loads((out / "run" / RUN).read_text())
     assert record["recipe"]["method"]["name"] == "efficientdm"
     facts = bitstep.inspect(out)
     assert (facts["recipe"], facts["bits"]) == ("efficientdm", record["recipe"]["bits"])
@@ -192,7 +193,7 @@ def test_a_method_without_training_shows_no_training(
 ) -> None:
     out = run.quantize(teacher, out=tmp_path / "out", progress=True, **tiny("minmax"))
     assert "fine-tune" not in capsys.readouterr().err
-    assert not (out / "run" / run.LOSS).exists()
+    assert not (out / "run" / LOSS).exists()
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_streaming_distillation_needs_no_shuffled_pool(teacher: str, tmp_path: P
     arguments = tiny("efficientdm")
     arguments["overrides"] = [*arguments["overrides"], "training.0.objective.order=streaming"]
     out = run.quantize(teacher, out=tmp_path / "out", **arguments)
-    losses = (out / "run" / run.LOSS).read_text().splitlines()
+    losses = (out / "run" / LOSS).read_text().splitlines()
     assert len(losses) == 5
 
 

@@ -1,54 +1,32 @@
-"""One quantization from source to packed folder: the stages in order, in a run folder that survives being killed.
-
-OUT.partial/           while the run is under way
-    run.json           source, seed, resolved recipe, library versions: what a resumed run must agree with
-    pool/              recorded full-precision trajectories
-    sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
-    state.safetensors  trained tensors and optimizer moments (the position in its metadata)
-    loss.csv           the loss curve
-OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/
-"""
+"""One quantization from source to packed folder: the stages in order, in a run folder that survives being killed."""
 
 from __future__ import annotations
 
-import csv
-import json
-import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
-import bitstep
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
-from bitstep.pool import INDEX, Pool
+from bitstep.pool import Pool
 from bitstep.recipe import Recipe, resolve
+from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
-from bitstep.stages.finetune import (
-    TrainingState,
-    finetune,
-    load_trained_tensors,
-    moments,
-    trained_tensors,
-)
+from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.load import Source, load
 from bitstep.stages.pack import packed_attention, packed_layers
@@ -61,8 +39,6 @@ from bitstep.surgery import check_rules
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20
 """Added to the seed of the recorded trajectories, so that `evaluate` with the same seed sees noise of its own."""
-RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
-POOL, SENSITIVITY = "pool", "sensitivity.safetensors"
 
 
 def quantize(
@@ -101,7 +77,7 @@ def quantize(
         "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
-    work = _claim(out, identity, resume=resume, overwrite=overwrite)
+    work = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
     if work is None:
         return out
     report = _Report(progress)
@@ -114,20 +90,19 @@ def quantize(
         loaded.denoiser.requires_grad_(False).eval()
         torch.manual_seed(seed)
         student = _fit(loaded, resolved, work, seed, texts, data, report)
-        _pack(loaded, student, resolved, work, out, report)
+        _pack(loaded, student, resolved, work, report)
     except (OSError, SafetensorError) as error:
-        place, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
+        place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
-        if not (work / POOL / INDEX).exists():
-            shutil.rmtree(work, ignore_errors=True)  # nothing was recorded: nothing to go on with
+        work.discard_unless_begun()
     return out
 
 
 def _fit(
     source: Source,
     recipe: Recipe,
-    work: Path,
+    work: RunFolder,
     seed: int,
     prompts: list[str] | None,
     data: str | Path | None,
@@ -145,14 +120,14 @@ def _fit(
     teacher, batch_size, bf16 = source.denoiser, calibration.batch_size, calibration.bf16
     amount: dict[str, Any] = {"images": calibration.images, "batch_size": batch_size, "bf16": bf16}
     with report.bar("record trajectories") as update:
-        pool = record(source, work / POOL, progress=update, **amount, **sampling)
+        pool = record(source, work.pool, progress=update, **amount, **sampling)
     if method.output.preconditioned:
         check(teacher, pool)
     found = importance = None
     distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
         with report.bar("measure how far errors carry") as update:
-            found = _once(work / SENSITIVITY, lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
+            found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
         importance = found**emphasis
     with report.bar("calibrate activation ranges") as update:
         student = prepare(
@@ -180,7 +155,7 @@ def _fit(
         cursor=student.cursor,
         pool=pool,
         stream=streamed,
-        folder=work,
+        folder=work.path,
         seed=seed,
         images=None if data is None else _read_images(Path(data), source, pool),
         sensitivity=found,
@@ -194,25 +169,22 @@ def _fit(
     return student
 
 
-def _train(context: Context, phases: Sequence[Phase], work: Path, report: _Report) -> None:
+def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _Report) -> None:
     if any(phase.gradient_checkpointing for phase in phases):
         cast(ModelMixin, context.student).enable_gradient_checkpointing(context.cursor.checkpoint)
-    state = _load_state(work / STATE, context)
-    losses = _LossCurve(work / LOSS, state)
+    state, losses = work.restore(context)
     saved = time.monotonic()
     with report.bar("fine-tune") as update:
         for step in finetune(context, phases, state):
-            losses.add(step.phase, step.unit, step.iteration, step.loss)
+            losses.append((step.phase, step.unit, step.iteration, step.loss))
             update(step.iteration, step.iterations, f"{step.name} loss {step.loss:.5f}")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                losses.flush()
-                _save_state(work / STATE, context, state)
+                work.save(context, state, losses)
                 saved = time.monotonic()
-    losses.flush()
-    _save_state(work / STATE, context, state)
+    work.save(context, state, losses)
 
 
-def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Path, report: _Report) -> None:
+def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, report: _Report) -> None:
     """Write the packed pipeline beside the run and rename it into place."""
     packed = pack_model(
         student.denoiser,
@@ -225,13 +197,6 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
     )
     setattr(source.pipeline, source.component, packed)
     source.pipeline.register_modules(**{source.component: packed})
-    folder = work / "packed"
-    shutil.rmtree(folder, ignore_errors=True)
-    source.pipeline.save_pretrained(folder)
-    (folder / "run").mkdir()
-    for name in (RUN, LOSS):
-        if (work / name).exists():
-            shutil.copy(work / name, folder / "run" / name)
     plan = {
         "coverage": student.plan.coverage,
         "layers": [asdict(layer) for layer in student.plan.layers],
@@ -240,126 +205,11 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: Path, out: Pat
         "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
         "folded": student.folded,
     }
-    _write_json(folder / "run" / PLAN, plan)
-    if out.exists():
-        out.rename(work / "replaced")
-    folder.rename(out)
-    shutil.rmtree(work)
+    work.publish(source.pipeline.save_pretrained, plan)
     report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
     if student.rewritten:
         folded = sum(len(readers) for readers in student.folded.values())
         report.line(f"{summary(student.rewritten.values())}; in {folded} of them by the norm before")
-
-
-def _claim(out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """The run folder for ``out``, new or to be resumed; None when a resumed run is already finished."""
-    work = out.with_name(out.name + ".partial")
-    identity = json.loads(json.dumps(identity))
-    if resume and not work.exists() and _read_identity(out / "run" / RUN) == identity:
-        return None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
-    if work.exists() and not (resume or overwrite):
-        raise UsageError(
-            f"{work} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
-        )
-    if work.exists() and resume:
-        if _read_identity(work / RUN) != identity:
-            raise UsageError(
-                f"{work} holds a run with another source, seed or recipe: repeat its options, or --overwrite"
-            )
-        return work
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        _write_json(work / RUN, identity | {"versions": _versions()})
-    except OSError as error:
-        raise BitstepError(f"cannot write {work}: {error.strerror}") from error
-    return work
-
-
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    content.pop("versions", None)
-    return content
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "bitstep": bitstep.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "machine": platform.machine(),
-    }
-
-
-def _once(path: Path, find: Callable[[], Tensor]) -> Tensor:
-    """``find()``, or what it found before the run was interrupted."""
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        save_file({path.stem: find()}, temporary)
-        temporary.replace(path)
-    return load_file(path)[path.stem]
-
-
-def _save_state(path: Path, context: Context, state: TrainingState) -> None:
-    tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(context.trained).items()}
-    tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
-    position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
-    temporary = path.with_suffix(".tmp")
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, {key: str(value) for key, value in position.items()})
-    temporary.replace(path)
-
-
-def _load_state(path: Path, context: Context) -> TrainingState:
-    if not path.exists():
-        return TrainingState()
-    try:
-        with safe_open(path, "pt") as file:
-            position = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        load_trained_tensors(context.trained, _under("trained.", tensors))
-        phase, unit, iteration = (int(position[key]) for key in ("phase", "unit", "iteration"))
-        return TrainingState(
-            phase, unit, iteration, moments=_under("moments.", tensors), average=_under("average.", tensors)
-        )
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise BitstepError(f"the saved state {path} is damaged ({error}): start again with --overwrite") from error
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-class _LossCurve:
-    """The losses so far, written whenever the state is; rows past the state that a run resumes from are dropped."""
-
-    HEADER = ("phase", "unit", "iteration", "loss")
-
-    def __init__(self, path: Path, state: TrainingState) -> None:
-        self._path = path
-        self._rows: list[tuple[int, int, int, float]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [(int(p), int(u), int(i), float(x)) for p, u, i, x in list(csv.reader(file))[1:]]
-            self._rows = [row for row in rows if row[:3] <= (state.phase, state.unit, state.iteration)]
-
-    def add(self, phase: int, unit: int, iteration: int, loss: float) -> None:
-        self._rows.append((phase, unit, iteration, loss))
-
-    def flush(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.HEADER)
-            writer.writerows(self._rows)
-        temporary.replace(self._path)
 
 
 class _Report:
@@ -396,9 +246,3 @@ def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:
     sample = next(value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
     pixels = read(folder, tile=sample.shape[-1] * enlargement(source.pipeline))
     return TrainingImages.of_pipeline(pixels, source.pipeline)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

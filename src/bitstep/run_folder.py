@@ -1,0 +1,172 @@
+"""The folder of a run that survives being killed: what it was asked, what it has found, how far training has come.
+
+OUT.partial/           while the run is under way
+    run.json           source, seed, resolved recipe, library versions: what a resumed run must agree with
+    pool/              recorded full-precision trajectories
+    sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
+    state.safetensors  trained tensors and optimizer moments (the position in its metadata)
+    loss.csv           the loss curve
+OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import bitstep
+from bitstep.errors import BitstepError, UsageError
+from bitstep.methods.base import Context
+from bitstep.pool import INDEX
+from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments, trained_tensors
+
+RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
+
+Loss = tuple[int, int, int, float]
+"""Phase, unit, iteration, loss."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder ``path`` of an unfinished run whose result will be ``out``."""
+
+    path: Path
+    out: Path
+
+    @classmethod
+    def claim(cls, out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Self | None:
+        """A new folder, or the one to be resumed; None when a resumed run is already finished.
+
+        Raises UsageError where that would destroy something, or where ``identity`` is not that of the resumed run.
+        """
+        path = out.with_name(out.name + ".partial")
+        identity = json.loads(json.dumps(identity))
+        if resume and not path.exists() and _read_identity(out / "run" / RUN) == identity:
+            return None
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+            raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
+        if path.exists() and not (resume or overwrite):
+            raise UsageError(
+                f"{path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
+            )
+        if path.exists() and resume:
+            if _read_identity(path / RUN) != identity:
+                raise UsageError(
+                    f"{path} holds a run with another source, seed or recipe: repeat its options, or --overwrite"
+                )
+            return cls(path, out)
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            path.mkdir(parents=True)
+            _write_json(path / RUN, {**identity, "versions": _versions()})
+        except OSError as error:
+            raise BitstepError(f"cannot write {path}: {error.strerror}") from error
+        return cls(path, out)
+
+    @property
+    def pool(self) -> Path:
+        return self.path / "pool"
+
+    def once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        """``find()``, or what it found before the run was interrupted."""
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            save_file({name: find()}, temporary)
+            temporary.replace(path)
+        return load_file(path)[name]
+
+    def save(self, context: Context, state: TrainingState, losses: Sequence[Loss]) -> None:
+        """Write what is trained, how far, and the losses on the way."""
+        tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(context.trained).items()}
+        tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
+        position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
+        path, curve = self.path / STATE, self.path / LOSS
+        temporary = curve.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([("phase", "unit", "iteration", "loss"), *losses])
+        temporary.replace(curve)
+        temporary = path.with_suffix(".tmp")
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {key: str(value) for key, value in position.items()})
+        temporary.replace(path)
+
+    def restore(self, context: Context) -> tuple[TrainingState, list[Loss]]:
+        """Put what was saved into ``context``: how far training had come, and the losses up to there."""
+        path = self.path / STATE
+        if not path.exists():
+            return TrainingState(), []
+        try:
+            with safe_open(path, "pt") as file:
+                position = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            load_trained_tensors(context.trained, _under("trained.", tensors))
+            reached = (int(position["phase"]), int(position["unit"]), int(position["iteration"]))
+            state = TrainingState(*reached, moments=_under("moments.", tensors), average=_under("average.", tensors))
+            with (self.path / LOSS).open(newline="") as file:
+                losses = [(int(p), int(u), int(i), float(x)) for p, u, i, x in list(csv.reader(file))[1:]]
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise BitstepError(f"the saved state {path} is damaged ({error}): start again with --overwrite") from error
+        return state, [row for row in losses if row[:3] <= reached]
+
+    def publish(self, save: Callable[[Path], object], plan: Mapping[str, Any]) -> None:
+        """Have ``save`` write the packed pipeline beside the run, add the run's records, rename it into place."""
+        folder = self.path / "packed"
+        shutil.rmtree(folder, ignore_errors=True)
+        save(folder)
+        (folder / "run").mkdir()
+        for name in (RUN, LOSS):
+            if (self.path / name).exists():
+                shutil.copy(self.path / name, folder / "run" / name)
+        _write_json(folder / "run" / PLAN, plan)
+        if self.out.exists():
+            self.out.rename(self.path / "replaced")
+        folder.rename(self.out)
+        shutil.rmtree(self.path)
+
+    def discard_unless_begun(self) -> None:
+        """Remove a folder in which nothing was recorded: there is nothing to go on with."""
+        if not (self.pool / INDEX).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    content.pop("versions", None)
+    return content
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "bitstep": bitstep.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
