@@ -19,10 +19,11 @@ BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
 IMAGES = "../shared/data/fruits32"
+EVERYTHING = ["attention.quantized=true"]  # what makes efficientdm's coverage that of dilatequant
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
-    ("efficientdm", "W4A4", ["attention.quantized=true"]),  # all of dilatequant's coverage
+    ("efficientdm", "W4A4", EVERYTHING),
     ("dilatequant", "W4A4", ["rewrites=[{kind: smoothing}]"]),  # without dilation
     ("dilatequant", "W4A4", ["training.1.iterations=1"]),  # without the last blocks' training together
     ("mse", "W4A4", ["output.preconditioned=true"]),
@@ -67,12 +68,14 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binary-baseline", bits, [], IMAGES
         yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
         yield "binarydm-ebb", bits, [], IMAGES
+    for bits in BINARY:
+        yield "binary-baseline", bits, [], None
+        for overrides in TECHNIQUES:
+            yield "binarydm", bits.replace("W1", "W1.1"), overrides, None
+        yield "binarydm-ebb", bits, [], None
     yield "best-binary", "W1.1A4", [], None
     yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
-    yield "binary-baseline", "W1A4", [], None
     yield "binary-baseline", "W1A4", AS_LONG, IMAGES
-    for overrides in TECHNIQUES:
-        yield "binarydm", "W1.1A4", overrides, None
 
 
 def main() -> None:

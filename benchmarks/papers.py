@@ -1,0 +1,79 @@
+"""What the papers say of one method beside another, and what the league's rows have.
+
+    python benchmarks/papers.py
+
+Ratios of means over seeds, from league.py's results; ratios of rows that are not measured yet are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from league import AS_LONG, EVERYTHING, IMAGES
+from pages import markdown, put
+from quality import load_results, parser, several_seeds
+
+DISTANCE, MINUTES = "frechet_distance_full_precision", "minutes"
+IN_WORDS = {DISTANCE: "Fréchet distance", MINUTES: "minutes"}
+
+
+@dataclass(frozen=True)
+class Name:
+    """What tells a row of several seeds from the others."""
+
+    recipe: str
+    bits: str
+    effort: str = "standard"
+    overrides: tuple[str, ...] = ()
+    data: str | None = None
+
+    def __str__(self) -> str:
+        effort = [] if self.effort == "standard" else [self.effort]
+        images = [] if self.data is None else ["on images"]
+        return ", ".join([f"{self.recipe} {self.bits}", *effort, *images, *(f"`{text}`" for text in self.overrides)])
+
+
+LSQ = Name("lsq", "W4A4", data=IMAGES)
+EFFICIENTDM = Name("efficientdm", "W4A4", overrides=tuple(EVERYTHING))
+EFFICIENTDM_QUICK = Name("efficientdm", "W4A4", "quick")
+DILATEQUANT = Name("dilatequant", "W4A4")
+BASELINE = Name("binary-baseline", "W1A4", data=IMAGES)
+BASELINE_AS_LONG = Name("binary-baseline", "W1A4", overrides=tuple(AS_LONG), data=IMAGES)
+BINARYDM = Name("binarydm", "W1.1A4", data=IMAGES)
+WITHOUT_DATA = Name("binarydm", "W1.1A4")
+BEST_BINARY = Name("best-binary", "W1.1A4")
+RATIOS = (
+    (LSQ, EFFICIENTDM_QUICK, MINUTES, "16.2 (EfficientDM)"),
+    (LSQ, EFFICIENTDM_QUICK, DISTANCE, ""),
+    (LSQ, EFFICIENTDM, MINUTES, ""),
+    (LSQ, EFFICIENTDM, DISTANCE, ""),
+    (EFFICIENTDM, DILATEQUANT, DISTANCE, "1.7 (DilateQuant, bedrooms)"),
+    (EFFICIENTDM, DILATEQUANT, MINUTES, ""),
+    (BASELINE, BINARYDM, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
+    (BASELINE_AS_LONG, BEST_BINARY, DISTANCE, ""),
+    (BINARYDM, WITHOUT_DATA, DISTANCE, ""),
+)
+
+
+def main() -> None:
+    settings = parser(__doc__, "league").parse_args()
+    put(settings.page, "papers", ratios(load_results(settings)["rows"]))
+
+
+def ratios(rows: list[dict[str, Any]]) -> str:
+    found = {
+        Name(row["recipe"], row["bits"], row["effort"], tuple(row["overrides"]), row["data"]): row
+        for row in several_seeds(rows)
+    }
+    lines = [
+        [str(above), str(below), IN_WORDS[of], published, f"{fmean(found[above][of]) / fmean(found[below][of]):.2f}"]
+        for above, below, of, published in RATIOS
+        if above in found and below in found
+    ]
+    return markdown(["row", "over row", "in", "published", "here"], lines)
+
+
+if __name__ == "__main__":
+    main()
