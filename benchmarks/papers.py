@@ -51,6 +51,10 @@ RATIOS = (
     (LSQ, EFFICIENTDM, DISTANCE, ""),
     (EFFICIENTDM, DILATEQUANT, DISTANCE, "1.7 (DilateQuant, bedrooms)"),
     (EFFICIENTDM, DILATEQUANT, MINUTES, ""),
+    *(
+        (Name("efficientdm", bits), Name("dilatequant", bits), DISTANCE, "")
+        for bits in ("W8A8", "W6A6", "W4A8", "W2A8")
+    ),
     (BASELINE, BINARYDM, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
     (BASELINE_AS_LONG, BEST_BINARY, DISTANCE, ""),
     (BINARYDM, WITHOUT_DATA, DISTANCE, ""),
