@@ -28,11 +28,13 @@ def test_full_effort_is_the_published_setting() -> None:
 def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: best\ncalibration: {images: 8}\n")
-    assert resolve("best", "W3A8").method.name == "best"
-    for bits in ("W1A4", "W1.1A4", "W2A8"):
-        few = resolve("best-binary", bits)
-        assert resolve("best", bits) == few
-        assert resolve(path, bits).method.weights == few.method.weights
+    for bits in ("W3A3", "W4A4", "W8A8"):
+        assert resolve("best", bits).method.name == "best"
+    for name, some in {"best-binary": ("W1A4", "W1.1A4", "W2A8"), "best-blocks": ("W3A8", "W4A8", "W4A32")}.items():
+        for bits in some:
+            wins = resolve(name, bits)
+            assert resolve("best", bits) == wins
+            assert resolve(path, bits).method.weights == wins.method.weights
 
 
 def test_overrides_reach_nested_slots() -> None:

@@ -43,9 +43,9 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
     """
     if effort not in get_args(Effort):
         raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
-    weight_bits, activation_bits = parse_bits(bits)
+    widths = weight_bits, activation_bits = parse_bits(bits)
     from_file = str(recipe).endswith((".yaml", ".yml"))
-    layers = _from_file(Path(recipe), weight_bits) if from_file else [_from_name(str(recipe), weight_bits)]
+    layers = _from_file(Path(recipe), *widths) if from_file else [_from_name(str(recipe), *widths)]
     settings: dict[str, Any] = {}
     for layer in layers:
         settings = _merge(settings, layer)
@@ -77,16 +77,16 @@ def parse_bits(bits: str) -> tuple[float, int]:
     return weight, activation
 
 
-def _from_name(name: Any, weight_bits: float) -> dict[str, Any]:
+def _from_name(name: Any, weight_bits: float, activation_bits: int) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
         raise UsageError(
             f"unknown recipe {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
         )
-    settings: dict[str, Any] = named(name, weight_bits).model_dump(mode="json")
+    settings: dict[str, Any] = named(name, weight_bits, activation_bits).model_dump(mode="json")
     return settings
 
 
-def _from_file(path: Path, weight_bits: float) -> list[dict[str, Any]]:
+def _from_file(path: Path, weight_bits: float, activation_bits: int) -> list[dict[str, Any]]:
     """The method that a file starts from, if any, and what the file says."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -94,7 +94,7 @@ def _from_file(path: Path, weight_bits: float) -> list[dict[str, Any]]:
         raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
-    base = [_from_name(content.pop("base"), weight_bits)] if "base" in content else []
+    base = [_from_name(content.pop("base"), weight_bits, activation_bits)] if "base" in content else []
     return [*base, {"name": path.stem, **content}]
 
 

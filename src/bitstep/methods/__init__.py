@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitstep.methods.base import Method
 from bitstep.methods.baselines import ADAROUND, LSQ, MINMAX, MSE
-from bitstep.methods.best import BEST, BEST_BINARY
+from bitstep.methods.best import BEST, BEST_BINARY, BEST_BLOCKS
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
@@ -23,14 +23,19 @@ METHODS = {
         BINARYDM,
         BINARYDM_EBB,
         BEST_BINARY,
+        BEST_BLOCKS,
     )
 }
 
 
-def named(name: str, weight_bits: float) -> Method:
-    """The method of that name. ``best`` stands for what wins at the width: up to two bits a weight, ``best-binary``.
+def named(name: str, weight_bits: float, activation_bits: int) -> Method:
+    """The method of that name. ``best`` stands for what wins at the width (:mod:`bitstep.methods.best`).
 
     KeyError where there is none.
     """
     method = METHODS[name]
-    return BEST_BINARY if method is BEST and weight_bits <= 2 else method
+    if method is not BEST:
+        return method
+    if weight_bits <= 2:
+        return BEST_BINARY
+    return BEST_BLOCKS if weight_bits < activation_bits else BEST

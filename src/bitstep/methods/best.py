@@ -1,16 +1,39 @@
-"""What works best together. For weights of more than two bits: EfficientDM, ranges smoothed and the output
-preconditioned. For one to two bits: BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's
-distillation, and such an output."""
+"""What works best together, by width.
+
+Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights: DilateQuant,
+the last blocks trained together in the end, and such an output. One to two bits a weight: BinaryDM's bases and warm-up,
+activations with a zero point, EfficientDM's distillation, and such an output.
+"""
 
 from __future__ import annotations
 
-from bitstep.methods.base import Activations, LearningRates, Output
+from bitstep.methods.base import Activations, LearningRates, Output, Phase
 from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights, WarmUp
+from bitstep.methods.dilatequant import DILATEQUANT, Dilation
 from bitstep.methods.efficientdm import EFFICIENTDM, TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
 BEST = EFFICIENTDM.model_copy(
     update={"name": "best", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
+)
+
+BEST_BLOCKS = DILATEQUANT.model_copy(
+    update={
+        "name": "best-blocks",
+        "rewrites": (Smoothing(), Dilation()),
+        "output": Output(preconditioned=True),
+        "training": (
+            *DILATEQUANT.training,
+            Phase(
+                objective=TrajectoryDistillation(last=6, emphasis=0.5),
+                iterations=16_000,
+                batch_size=8,
+                learning_rates=LearningRates(
+                    weight=1e-2, weight_scale=1e-3, activation_scale=5e-3, activation_zero_point=1e-2
+                ),
+            ),
+        ),
+    }
 )
 
 _SHORT = {
