@@ -41,6 +41,7 @@ SUMMARY = (
     "lsq W4A4",
     "efficientdm W4A4",
     "best W8A8",
+    "best W4A8",
     "best W4A4",
     "best W2A8",
     "binarydm W1.1A4",

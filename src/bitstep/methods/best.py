@@ -1,8 +1,8 @@
 """What works best together, by width.
 
-Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights: DilateQuant,
-the last blocks trained together in the end, and such an output. One to two bits a weight: BinaryDM's bases and warm-up,
-activations with a zero point, EfficientDM's distillation, and such an output.
+Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights:
+DilateQuant, the last blocks trained together in the end, and such an output. One to two bits a weight: BinaryDM's bases
+and warm-up, activations with a zero point, EfficientDM's distillation, and such an output.
 """
 
 from __future__ import annotations
