@@ -6,7 +6,7 @@ Shards (:mod:`bitstep.recording`), in memory or memory-mapped from a folder, mak
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitstep.calls import Call, put_together
 from bitstep.errors import BitstepError
+from bitstep.files import replacing
 from bitstep.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
@@ -146,8 +147,14 @@ class PoolWriter:
         }
         path = _shard_path(self._folder, len(self))
         tensors = {name: tensor.contiguous() for name, tensor in shard.tensors.items()}
-        _write_atomically(path, lambda temporary: save_file(tensors, temporary))
-        _write_atomically(self._folder / INDEX, lambda temporary: temporary.write_text(json.dumps(index)))
+        try:
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
+            path = self._folder / INDEX
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(index))
+        except (OSError, SafetensorError) as error:
+            raise BitstepError(f"cannot write {path}: {error}") from error
         self._index = index
 
 
@@ -184,13 +191,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
         raise BitstepError(f"{path} is not a pool of format version {FORMAT_VERSION}: calibrate again")
     return index
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise BitstepError(f"cannot write {path}: {error}") from error

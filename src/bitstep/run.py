@@ -185,7 +185,7 @@ def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _
 
 
 def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, report: _Report) -> None:
-    """Write the packed pipeline beside the run and rename it into place."""
+    """Publish the packed pipeline, and what became of every layer."""
     packed = pack_model(
         student.denoiser,
         packed_layers(student.layers, student.plan),

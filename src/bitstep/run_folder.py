@@ -28,6 +28,7 @@ from torch import Tensor
 
 import bitstep
 from bitstep.errors import BitstepError, UsageError
+from bitstep.files import replacing
 from bitstep.methods.base import Context
 from bitstep.pool import INDEX
 from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments, trained_tensors
@@ -83,9 +84,9 @@ class RunFolder:
         """``find()``, or what it found before the run was interrupted."""
         path = self.path / f"{name}.safetensors"
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            save_file({name: find()}, temporary)
-            temporary.replace(path)
+            found = {name: find()}
+            with replacing(path) as temporary:
+                save_file(found, temporary)
         return load_file(path)[name]
 
     def save(self, context: Context, state: TrainingState, losses: Sequence[Loss]) -> None:
@@ -94,15 +95,11 @@ class RunFolder:
         tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
         tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
         position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
-        path, curve = self.path / STATE, self.path / LOSS
-        temporary = curve.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path / LOSS) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([("phase", "unit", "iteration", "loss"), *losses])
-        temporary.replace(curve)
-        temporary = path.with_suffix(".tmp")
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {key: str(value) for key, value in position.items()})
-        temporary.replace(path)
+        with replacing(self.path / STATE) as temporary:
+            save_file(contiguous, temporary, {key: str(value) for key, value in position.items()})
 
     def restore(self, context: Context) -> tuple[TrainingState, list[Loss]]:
         """Put what was saved into ``context``: how far training had come, and the losses up to there."""
@@ -144,9 +141,8 @@ class RunFolder:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
@@ -168,5 +164,5 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitstep.errors import BitstepError, UsageError
+from bitstep.files import replacing
 from bitstep.stages.generate import Sampling, generate
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -128,11 +129,5 @@ def _picture(pixels: Tensor) -> Image.Image:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Have ``write`` write the file ``path``, which appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        write(file)
