@@ -379,7 +379,8 @@ def document(results: dict[str, Any]) -> str:
 def summary(results: dict[str, Any]) -> str:
     """The README's few rows: milliseconds of one forward pass at batch 1."""
     single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in results["comparisons"] if c["batch"] == 1}
-    lines = [[name, *(f"{rows[name]['median_ms']:.0f}" for rows in single.values())] for name in SUMMARY]
+    measured = [name for name in SUMMARY if all("median_ms" in rows.get(name, {}) for rows in single.values())]
+    lines = [[name, *(f"{rows[name]['median_ms']:.0f}" for rows in single.values())] for name in measured]
     return markdown(["runtime", *(MODELS[name].partition(",")[0] for name in single)], lines)
 
 
