@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,8 +142,8 @@ class _Product:
         ]
         y = torch.empty(samples, *out_size, self._out, device=codes.device)
         rows = samples * prod(out_size)
-        block = 128 if rows * self._out >= 128 * 128 * 256 else 64  # smaller where large ones would leave a GPU idle
-        device_code.multiply[(_blocks(rows, block), _blocks(self._out, block))](
+        tiling = tiling_of(rows, self._out)
+        device_code.multiply[(_blocks(rows, tiling.rows), _blocks(self._out, tiling.columns))](
             codes,
             self._weight,
             y,
@@ -162,12 +163,28 @@ class _Product:
             *self._kernel,
             *self._stride,
             *self._dilation,
-            BLOCK_M=block,
-            BLOCK_N=block,
+            BLOCK_M=tiling.rows,
+            BLOCK_N=tiling.columns,
             BLOCK_K=self._tile,
-            num_warps=block // 16,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
         )
         return y
+
+
+class Tiling(NamedTuple):
+    """What one program computes, rows (pixels) times columns (output channels), and how: in how many warps, loading how
+    many steps ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tiling_of(rows: int, out: int) -> Tiling:
+    """The tiling for a product of that many rows and columns: smaller where large tiles would leave a GPU idle."""
+    return Tiling(128, 128, 8, 3) if rows * out >= 128 * 128 * 256 else Tiling(64, 64, 4, 3)
 
 
 def _tile_of(channels: int) -> int:
