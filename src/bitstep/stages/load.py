@@ -18,7 +18,10 @@ from torch import nn
 from bitstep.errors import BitstepError
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
-_DEMOS = Path(__file__).parent.parent / "demo"
+_DEMOS = (
+    Path(__file__).parents[1] / "demo",
+    Path(__file__).parents[3] / "models",  # larger ones, in a checkout of the repository only
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -65,13 +68,18 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
 
 def demos() -> list[str]:
     """Names that ``demo:NAME`` accepts."""
-    return sorted(index.parent.name for index in _DEMOS.glob("*/model_index.json"))
+    return sorted(_demo_folders())
 
 
 def _demo(name: str) -> Path:
-    if name not in demos():
+    folders = _demo_folders()
+    if name not in folders:
         raise BitstepError(f"there is no demo:{name}: choose among {', '.join(f'demo:{demo}' for demo in demos())}")
-    return _DEMOS / name
+    return folders[name]
+
+
+def _demo_folders() -> dict[str, Path]:
+    return {index.parent.name: index.parent for folder in _DEMOS for index in folder.glob("*/model_index.json")}
 
 
 def _locate(name: str) -> Path:
