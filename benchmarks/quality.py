@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,6 +44,8 @@ SHARED = ROOT.parent / "shared"
 SAMPLE_SEED = 1_000_003  # quantization draws its trajectories from other seeds
 BATCH = 64
 FULL_PRECISION = "full precision"
+TO_FULL_PRECISION, TO_REAL = "frechet_distance_full_precision", "frechet_distance_real"
+RESNET = "_resnet56_cifar10_features"  # ends the keys of its distances, where it is not the only network
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipe": lambda row: row["recipe"],
@@ -53,8 +56,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "overrides": lambda row: " ".join(f"`{override}`" for override in row["overrides"]),
     "PSNR (dB)": lambda row: _number(row["psnr"], 1),
     "SSIM": lambda row: _number(row["ssim"], 3),
-    "Fréchet distance to full precision": lambda row: _number(row["frechet_distance_full_precision"], 1),
-    "Fréchet distance to real images": lambda row: _number(row["frechet_distance_real"], 1),
+    "Fréchet distance to full precision": lambda row: _number(row[TO_FULL_PRECISION], 1),
+    "Fréchet distance to real images": lambda row: _number(row[TO_REAL], 1),
+    "Fréchet distance to full precision (ResNet-56)": lambda row: _number(row.get(TO_FULL_PRECISION + RESNET, []), 2),
+    "Fréchet distance to real images (ResNet-56)": lambda row: _number(row.get(TO_REAL + RESNET, []), 2),
     "minutes": lambda row: _number(row["minutes"], 1),
     "peak memory (MB)": lambda row: _number(row["peak_memory_mb"], 0),
     "MB on disk": lambda row: _number(row["size_mb"], 2),
@@ -83,8 +88,9 @@ class Quantization:
         parts = (self.recipe, self.bits, self.effort, self.seed, *data, *self.overrides)
         return slug("-".join(str(part) for part in parts))
 
-    def command(self, out: Path) -> list[str]:
+    def command(self, out: Path, device: str) -> list[str]:
         options = [f"--{name}={getattr(self, name)}" for name in ("recipe", "bits", "effort", "seed")]
+        options.append(f"--device={device}")
         overrides = [f"--set={override}" for override in self.overrides]
         data = [] if self.data is None else [f"--data={self.data}"]
         return [sys.executable, "-m", "bitstep", "quantize", self.source, f"--out={out}", *options, *data, *overrides]
@@ -94,34 +100,48 @@ class Judge:
     """Holds what every row is compared with: full-precision samples and real images, and their features."""
 
     def __init__(self, settings: argparse.Namespace) -> None:
-        self._settings = settings
-        self._network = load_features(settings.features)
-        samples, network = f"full-precision-{settings.num}x{settings.steps}", settings.features.stem
+        self._settings, self.device = settings, settings.device
+        self._networks = {file.stem: load_features(file) for file in settings.features}
+        samples = f"full-precision-{settings.num}x{settings.steps}"
         self.full_precision = self._once(samples, lambda: self.sample(settings.source))
-        self._features = self._once(f"{samples}-{network}", lambda: self._extract(self.full_precision))
-        self._real = self._once(
-            f"{settings.real.name}-{network}", lambda: self._extract(read(settings.real, settings.tile))
-        )
+        self._full_precision = self._extract(samples, lambda: self.full_precision)
+        self._real = self._extract(settings.real.name, lambda: read(settings.real, settings.tile))
 
     def sample(self, source: str | Path) -> Tensor:
         settings = self._settings
-        return bitstep.sample(source, num=settings.num, steps=settings.steps, seed=SAMPLE_SEED, batch_size=BATCH)
+        return bitstep.sample(
+            source,
+            num=settings.num,
+            steps=settings.steps,
+            seed=SAMPLE_SEED,
+            batch_size=BATCH,
+            device=self.device,
+        )
 
     def judge(self, images: Tensor) -> dict[str, Any]:
-        features = self._extract(images)
+        features = [extract(network, images, BATCH) for network in self._networks.values()]
         return {
             "psnr": psnr(images, self.full_precision),
             "ssim": ssim(images, self.full_precision),
-            "frechet_distance_full_precision": frechet_distance(features, self._features),
-            "frechet_distance_real": frechet_distance(features, self._real),
+            **self._distances(TO_FULL_PRECISION, features, self._full_precision),
+            **self._distances(TO_REAL, features, self._real),
         }
 
     def judge_full_precision(self) -> dict[str, Any]:
-        distance = frechet_distance(self._features, self._real)
-        return dict.fromkeys(("psnr", "ssim", "frechet_distance_full_precision")) | {"frechet_distance_real": distance}
+        unknown = dict.fromkeys(("psnr", "ssim", TO_FULL_PRECISION))
+        return unknown | self._distances(TO_REAL, self._full_precision, self._real)
 
-    def _extract(self, images: Tensor) -> Tensor:
-        return extract(self._network, images, BATCH)
+    def _distances(self, key: str, features: list[Tensor], others: list[Tensor]) -> dict[str, float]:
+        """By every network; but for the first, its name ends the key."""
+        keys = [key if place == 0 else f"{key}_{name}" for place, name in enumerate(self._networks)]
+        return dict(zip(keys, map(frechet_distance, features, others), strict=True))
+
+    def _extract(self, name: str, images: Callable[[], Tensor]) -> list[Tensor]:
+        """The features of every network."""
+        return [
+            self._once(f"{name}-{stem}", partial(lambda network: extract(network, images(), BATCH), network))
+            for stem, network in self._networks.items()
+        ]
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or what it made for the same settings in an earlier run."""
@@ -172,7 +192,7 @@ def measure(quantization: Quantization, judge: Judge, work: Path) -> dict[str, A
     cost_file = work / f"{quantization.name}.cost.json"
     if not cost_file.exists():
         shutil.rmtree(out, ignore_errors=True)
-        write(cost_file, json.dumps(run(quantization.command(out))))
+        write(cost_file, json.dumps(run(quantization.command(out, judge.device))))
     cost: dict[str, float] = json.loads(cost_file.read_text())
     facts = bitstep.inspect(out)
     images = judge.sample(out)
@@ -218,7 +238,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
         "num_images": settings.num,
         "steps": settings.steps,
         "sample_seed": SAMPLE_SEED,
-        "features": settings.features.stem,
+        "features": ", ".join(file.stem for file in settings.features),
         "real_images": settings.real.name,
     }
     if settings.results.exists():
@@ -245,7 +265,9 @@ def write_table(page: Path, file: Path, results: dict[str, Any]) -> None:
         f"features of `{settings['features']}`; on {machine['processor']} ({machine['cores']} cores, "
         f"{machine['threads']} used), " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     )
-    put(page, file.stem, f"{table(rows, [name for name in COLUMNS if name not in same])}\n\n{caption}")
+    empty = {name for name, column in COLUMNS.items() if all(column(row) == "-" for row in rows)}
+    shown = [name for name in COLUMNS if name not in same and name not in empty]
+    put(page, file.stem, f"{table(rows, shown)}\n\n{caption}")
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
@@ -276,7 +298,9 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", dest="overrides", default=[], metavar="SLOT.KEY=VALUE")
     parser.add_argument("--num", type=int, default=512, help="images per row")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--features", type=Path, default=SHARED / "features" / "mobilenetv2_imagenet_features.pt")
+    network = SHARED / "features" / "mobilenetv2_imagenet_features.pt"
+    parser.add_argument("--features", type=Path, nargs="+", default=[network])
+    parser.add_argument("--device", default="cpu", help="where to quantize and to sample")
     parser.add_argument("--real", type=Path, default=SHARED / "data" / "fruits32", help="folder of images, or .npz")
     parser.add_argument("--tile", type=int, default=32, help="the real images are mosaics of such tiles")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="packed models and samples")
