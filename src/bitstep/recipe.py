@@ -153,7 +153,7 @@ def _validate(settings: dict[str, Any]) -> Method:
         return Method.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] or ["slots that do not go together"])
         if first["type"] == "extra_forbidden":
             place, key = _mapping_around(first["loc"], settings), str(first["loc"][-1])
             kind = f" where kind is {place['kind']!r}" if "kind" in place else ""

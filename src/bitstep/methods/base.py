@@ -6,10 +6,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from bitstep.calls import Call
@@ -285,3 +285,14 @@ class Method(Slot):
     calibration: Calibration = Calibration()
     training: tuple[Phase, ...] = ()
     efforts: Mapping[Effort, Mapping[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _adapters_learn(self) -> Self:
+        # an adapter takes the place of the weight: with its learning rate at 0, nothing would be trained but scales
+        adapters = isinstance(self.weights, UniformWeights) and self.weights.rank > 0
+        if adapters and self.training and not any(phase.learning_rates.adapter for phase in self.training):
+            raise ValueError(
+                "weights.rank asks for adapters, whose learning rate is 0 in every phase: "
+                "set training.0.learning_rates.adapter, or weights.rank to 0"
+            )
+        return self
