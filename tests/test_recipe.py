@@ -100,7 +100,12 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
         ("efficientdm", "W4A4", ["weights.rnk=3"], "did you mean 'rank'"),
         ("best", "W2A8", ["weights.rank=3"], "unknown recipe key 'weights.rank' where kind is 'binary'$"),
         ("efficientdm", "W4A4", ["wieghts.rank=3"], "did you mean 'weights'"),
-        ("dilatequant", "W4A4", ["weights.rank=8"], "do not go together: weights.rank asks for adapters, whose learning"),
+        (
+            "dilatequant",
+            "W4A4",
+            ["weights.rank=8"],
+            "do not go together: weights.rank asks for adapters, whose learning",
+        ),
         ("efficientdm", "W4A4", ["weights.rank=-3"], "greater than or equal to 0"),
         ("efficientdm", "W4A4", ["training.7.iterations=3"], "below 1"),
         ("efficientdm", "W4A4", ["training.0.objective.kind=trajectry"], "did you mean 'trajectory'"),
