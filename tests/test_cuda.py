@@ -62,6 +62,18 @@ def test_equals_the_reference(kind: str, weight_bits: int, activation_bits: int,
         torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_half_precision_goes_in_and_comes_out(kind: str, dtype: torch.dtype) -> None:
+    build, shape = UNGROUPED[kind]
+    layer, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = filled(layer, random_layer(layer, 4, 8, dilated=True)).to(DEVICE)
+    y, reference = outputs(module, x)
+    assert module.run(x.to(DEVICE), *module.input_rows(x)).dtype == y.dtype == dtype
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
+
+
 def test_more_channels_than_a_tile_holds() -> None:
     layer = nn.Conv2d(200, 70, 3, padding=1)
     module = filled(layer, random_layer(layer, 1, 4, bases=2)).to(DEVICE)
