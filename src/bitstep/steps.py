@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class StepGrid:
         t = torch.as_tensor(timestep).reshape(-1).double() / self.unit
         if t.device.type == "cpu" and bool(((t < -_MARGIN) | (t > 1 + _MARGIN) | t.isnan()).any()):
             raise StepError(f"timestep {timestep} lies outside [0, {self.unit:g}]")
-        keys = torch.tensor(self.keys, dtype=torch.float64, device=t.device)
+        keys = _tensor(self.keys, t.device)
         upper = torch.searchsorted(keys, t).clamp(max=len(self) - 1)
         lower = (upper - 1).clamp(min=0)
         span = (keys[upper] - keys[lower]).clamp(min=1e-12)
@@ -84,6 +85,13 @@ class StepGrid:
         if t.device.type == "cpu" and torch.equal(lower, upper):
             return Position(lower, upper, None)
         return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
+
+
+@lru_cache(maxsize=64)
+def _tensor(keys: tuple[float, ...], device: torch.device) -> Tensor:
+    """The keys of a grid on a device, float64: kept there, since a copy would make a GPU wait at every forward pass."""
+    with torch.inference_mode(False):
+        return torch.tensor(keys, dtype=torch.float64, device=device)
 
 
 class StepCursor:
