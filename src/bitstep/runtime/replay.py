@@ -105,6 +105,7 @@ class Replay:
 
             recorder = graph if any(map(_is_on_gpu, tree_leaves(inputs))) else tape
             result, known.tape, known.refusal = recorder.record(forward, *inputs)
+            known.proven = False
             return result
         if known.proven:
             return known.tape.run(*inputs)
