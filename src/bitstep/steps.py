@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -42,8 +42,10 @@ class Position:
         """The same on the device of a table: pipelines may keep their timesteps elsewhere."""
         if self.lower.device == device:
             return self
-        fraction = None if self.fraction is None else self.fraction.to(device)
-        return Position(self.lower.to(device), self.upper.to(device), fraction)
+        # a GPU need not have finished what it does: memory that is not pinned has been read when the call returns
+        move = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")
+        fraction = None if self.fraction is None else move(self.fraction)
+        return Position(move(self.lower), move(self.upper), fraction)
 
 
 @dataclass(frozen=True)
