@@ -27,9 +27,9 @@ UNGROUPED = {name: layer for name, layer in LAYERS.items() if "group" not in nam
 
 
 def outputs(module: PackedModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    set_backend(module, "reference")
+    set_backend(module.cpu(), "reference")
     reference = module(x)
-    module.forget_kernel()
+    module.to(DEVICE).forget_kernel()
     module.choose = lambda _: KERNELS["cuda"]  # which would refuse the CPU that the interpreter runs on
     return module(x.to(DEVICE)).cpu(), reference
 
@@ -55,16 +55,28 @@ def test_equals_the_reference(kind: str, weight_bits: int, activation_bits: int,
         layer, weight_bits, activation_bits, symmetric=symmetric, bases=bases, steps=len(GRID), dilated=True
     )
     cursor = StepCursor(GRID)
-    module = filled(layer, packed, cursor).to(DEVICE)
+    module = filled(layer, packed, cursor)
     for timestep in (420.0, torch.tensor([300.0, 999.0, 300.0, 420.0, 51.5, 899.0])):
         with cursor.at(timestep):
             y, reference = outputs(module, x)
         torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_half_precision_goes_in_and_comes_out(kind: str, dtype: torch.dtype) -> None:
+    build, shape = UNGROUPED[kind]
+    layer, x = build(), torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = filled(layer, random_layer(layer, 4, 8, dilated=True))
+    y, reference = outputs(module, x)
+    assert module.run(x.to(DEVICE), *module.input_rows(x)).dtype == y.dtype == dtype
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
+
+
 def test_more_channels_than_a_tile_holds() -> None:
     layer = nn.Conv2d(200, 70, 3, padding=1)
-    module = filled(layer, random_layer(layer, 1, 4, bases=2)).to(DEVICE)
+    module = filled(layer, random_layer(layer, 1, 4, bases=2))
     y, reference = outputs(module, torch.randn(1, 200, 5, 6).contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-4)
     assert y.is_contiguous(memory_format=torch.channels_last)

@@ -111,8 +111,10 @@ class RunFolder:
                 position = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             load_trained_tensors(context.trained, _under("trained.", tensors))
+            trained = trained_tensors(context.trained)
+            average = {name: x.to(trained[name].device) for name, x in _under("average.", tensors).items()}
             reached = (int(position["phase"]), int(position["unit"]), int(position["iteration"]))
-            state = TrainingState(*reached, moments=_under("moments.", tensors), average=_under("average.", tensors))
+            state = TrainingState(*reached, moments=_under("moments.", tensors), average=average)
             with (self.path / LOSS).open(newline="") as file:
                 losses = [(int(p), int(u), int(i), float(x)) for p, u, i, x in list(csv.reader(file))[1:]]
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ class Position:
         """The same on the device of a table: pipelines may keep their timesteps elsewhere."""
         if self.lower.device == device:
             return self
-        fraction = None if self.fraction is None else self.fraction.to(device)
-        return Position(self.lower.to(device), self.upper.to(device), fraction)
+        # a GPU need not have finished what it does: memory that is not pinned has been read when the call returns
+        move = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")
+        fraction = None if self.fraction is None else move(self.fraction)
+        return Position(move(self.lower), move(self.upper), fraction)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class StepGrid:
         t = torch.as_tensor(timestep).reshape(-1).double() / self.unit
         if t.device.type == "cpu" and bool(((t < -_MARGIN) | (t > 1 + _MARGIN) | t.isnan()).any()):
             raise StepError(f"timestep {timestep} lies outside [0, {self.unit:g}]")
-        keys = torch.tensor(self.keys, dtype=torch.float64, device=t.device)
+        keys = _tensor(self.keys, t.device)
         upper = torch.searchsorted(keys, t).clamp(max=len(self) - 1)
         lower = (upper - 1).clamp(min=0)
         span = (keys[upper] - keys[lower]).clamp(min=1e-12)
@@ -84,6 +87,13 @@ class StepGrid:
         if t.device.type == "cpu" and torch.equal(lower, upper):
             return Position(lower, upper, None)
         return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
+
+
+@lru_cache(maxsize=64)
+def _tensor(keys: tuple[float, ...], device: torch.device) -> Tensor:
+    """The keys of a grid on a device, float64: kept there, since a copy would make a GPU wait at every forward pass."""
+    with torch.inference_mode(False):
+        return torch.tensor(keys, dtype=torch.float64, device=device)
 
 
 class StepCursor:

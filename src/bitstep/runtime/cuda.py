@@ -28,6 +28,7 @@ class CudaKernel(Kernel):
     """Signed bytes times signed bytes, compiled by Triton when a layer of its kind first runs."""
 
     name = "cuda"
+    dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
     def unsupported(self, problem: Problem) -> list[str]:
         if problem.device != "cuda":
@@ -97,7 +98,7 @@ class _Product:
         else:
             image = x if x.ndim == 4 else x.unsqueeze(2)
         with torch.cuda.device_of(x):
-            y = self._multiplied(self._coded(image, scale, zero_point), scale, zero_point)
+            y = self._multiplied(self._coded(image, scale, zero_point), scale, zero_point, x.dtype)
         if self._op == "linear":
             return y.view(*x.shape[:-1], self._out)
         y = y.movedim(3, 1)
@@ -115,7 +116,7 @@ class _Product:
             image,
             codes,
             self._reciprocal,
-            scale.reciprocal(),
+            scale,
             zero_point,
             channels,
             *size,
@@ -131,8 +132,8 @@ class _Product:
         )
         return codes
 
-    def _multiplied(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """float32 ``[samples, height, width, out]``."""
+    def _multiplied(self, codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[samples, height, width, out]``."""
         from bitstep.runtime import device_code
 
         samples, *size, _ = codes.shape
@@ -140,7 +141,7 @@ class _Product:
             (length - dilation * (kernel - 1) - 1) // stride + 1
             for length, kernel, stride, dilation in zip(size, self._kernel, self._stride, self._dilation, strict=True)
         ]
-        y = torch.empty(samples, *out_size, self._out, device=codes.device)
+        y = torch.empty(samples, *out_size, self._out, dtype=dtype, device=codes.device)
         rows = samples * prod(out_size)
         tiling = tiling_of(rows, self._out)
         device_code.multiply[(_blocks(rows, tiling.rows), _blocks(self._out, tiling.columns))](

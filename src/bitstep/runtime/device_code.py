@@ -16,10 +16,10 @@ BEYOND = tl.constexpr(1_048_576.0)
 
 @triton.jit
 def code_inputs(
-    x,  # float32, at (sample, channel, row, column) * strides
+    x,  # floating point, at (sample, channel, row, column) * strides
     codes,  # int8 [samples, padded_height, padded_width, padded_channels]: code - 128
     reciprocal,  # float32 [channels], if DILATED
-    inverse_scale,  # float32 [1] or [samples]
+    scale,  # float32 [1] or [samples]
     zero_point,  # float32 [1] or [samples], integers
     channels,
     height,
@@ -49,10 +49,10 @@ def code_inputs(
     places = (h.to(tl.int64) * height_stride + w.to(tl.int64) * width_stride)[:, None]
     places += c.to(tl.int64)[None, :] * channel_stride
     known = within[:, None] & (c < channels)[None, :]
-    v = tl.load(x + sample * sample_stride + places, mask=known, other=0.0)
+    v = tl.load(x + sample * sample_stride + places, mask=known, other=0.0).to(tl.float32)
     if DILATED:
         v = v * tl.load(reciprocal + c, mask=c < channels, other=0.0)[None, :]
-    v = v * tl.load(inverse_scale + sample * scale_stride)
+    v = v * tl.div_rn(1.0, tl.load(scale + sample * scale_stride))
     # these bounds also stand between a product and a sum that would round differently if they were fused
     v = tl.minimum(tl.maximum(v, -BEYOND), BEYOND)
     v = (v + ROUNDER) - ROUNDER + tl.load(zero_point + sample * scale_stride)
@@ -67,7 +67,7 @@ def code_inputs(
 def multiply(
     codes,  # int8 [samples, height, width, channels]: code - 128, padded
     weight,  # uint8 [BASES, out, steps / codes a byte, BLOCK_K]
-    y,  # float32 [samples, out_height, out_width, out]
+    y,  # floating point [samples, out_height, out_width, out]
     bias,  # float32 [out]
     input_scale,  # float32 [1] or [samples]
     input_zero_point,  # float32 [1] or [samples]
@@ -133,4 +133,4 @@ def multiply(
     result *= tl.load(input_scale + sample * scale_stride)[:, None]
     result += tl.load(bias + column)[None, :]
     places = m.to(tl.int64)[:, None] * out + n[None, :]
-    tl.store(y + places, result, mask=(m < outputs)[:, None] & (n < out)[None, :])
+    tl.store(y + places, result.to(y.dtype.element_ty), mask=(m < outputs)[:, None] & (n < out)[None, :])

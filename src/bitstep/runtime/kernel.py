@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from bitstep.numerics.packing import QuantizedWeight
@@ -15,8 +16,9 @@ from bitstep.numerics.packing import QuantizedWeight
 _INT32_MAX = 2**31 - 1
 Operation = Literal["linear", "conv1d", "conv2d"]
 Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""``forward(x, scale, zero_point) -> y``: x floating point ``[batch, ...]``; scale and zero_point float32
-``[rows]`` with rows 1 or batch (one activation step size per sample), None when activations stay as they are."""
+"""``forward(x, scale, zero_point) -> y``: x ``[batch, ...]`` in one of the kernel's dtypes, and y in the same; scale
+and zero_point float32 ``[rows]`` with rows 1 or batch (one activation step size per sample), None when activations stay
+as they are."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ class CodeKeeper(Protocol):
 
 
 class Kernel(ABC):
-    """One way to run packed layers."""
+    """One way to run packed layers. ``dtypes`` are those of the inputs that it takes; it computes in float32."""
 
     name: str
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
 
     @abstractmethod
     def unsupported(self, problem: Problem) -> list[str]:

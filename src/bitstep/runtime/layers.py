@@ -176,7 +176,8 @@ class PackedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in float32 and returns the dtype of ``x``."""
-        return self.run(x.float(), *self.input_rows(x)).to(x.dtype)
+        taken = x if x.dtype in self.kernel.dtypes else x.float()
+        return self.run(taken, *self.input_rows(x)).to(x.dtype)
 
     @property
     def run(self) -> Forward:

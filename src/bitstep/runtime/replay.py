@@ -1,4 +1,5 @@
-"""Forward passes of a whole model on the CPU, replayed from a tape while nothing but the values of tensors differs.
+"""Forward passes of a whole model, replayed while nothing but the values of tensors differs: on the CPU from a tape,
+on a GPU as a CUDA graph.
 
 A call whose arguments look like those of an earlier call is recorded; the next one is run both ways, and from then on
 such calls are replayed if the two agreed bit for bit. What cannot be recorded, is observed, or has changed since runs
@@ -24,9 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from bitstep.library import current_instruction_set
+from bitstep.runtime import graph, tape
 from bitstep.runtime.attention import PackedAttention, is_watched
+from bitstep.runtime.graph import Graph
 from bitstep.runtime.layers import PackedModule
-from bitstep.runtime.tape import Tape, record
+from bitstep.runtime.tape import Tape
 from bitstep.steps import Position, StepCursor
 
 _KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
@@ -41,9 +44,9 @@ def enable_replay(model: nn.Module) -> None:
 
 @dataclass
 class Known:
-    """What is known of calls with one signature: the tape, whether it was seen to agree, or why there is none."""
+    """What is known of calls with one signature: a recording, whether it was seen to agree, or why there is none."""
 
-    tape: Tape | None = None
+    tape: Tape | Graph | None = None
     proven: bool = False
     refusal: str | None = None
 
@@ -100,7 +103,9 @@ class Replay:
                 with watch.at(position):
                     return self._forward(*args, **kwargs)
 
-            result, known.tape, known.refusal = record(forward, *inputs)
+            recorder = graph if any(map(_is_on_gpu, tree_leaves(inputs))) else tape
+            result, known.tape, known.refusal = recorder.record(forward, *inputs)
+            known.proven = False
             return result
         if known.proven:
             return known.tape.run(*inputs)
@@ -191,21 +196,51 @@ def _is_observed() -> bool:
 def _signature(inputs: Any) -> Hashable | None:
     """What the operations of a forward pass depend on besides the model; None where it cannot be replayed."""
     leaves, spec = tree_flatten(inputs)
-    parts: list[Hashable] = [
-        spec,
-        torch.get_num_threads(),
-        current_instruction_set(),
-        torch.get_default_dtype(),
-        torch.is_autocast_enabled("cpu"),
-    ]
+    on_gpu = any(map(_is_on_gpu, leaves))
+    if on_gpu and not _gpu_is_free():
+        return None
+    parts: list[Hashable] = [spec, torch.get_default_dtype(), *(_gpu_settings() if on_gpu else _cpu_settings())]
+    gpus = set()
     for leaf in leaves:
-        if type(leaf) is Tensor and leaf.device.type == "cpu" and leaf.layout is torch.strided:
-            parts.append((leaf.dtype, leaf.shape, leaf.stride()))
+        if type(leaf) is Tensor and leaf.device.type in ("cpu", "cuda") and leaf.layout is torch.strided:
+            if leaf.is_cuda:
+                gpus.add(leaf.device)
+            elif on_gpu and leaf.ndim > 1:  # a timestep and its position may stay on the CPU
+                return None
+            parts.append((leaf.dtype, leaf.device, leaf.shape, leaf.stride()))
         elif isinstance(leaf, _PLAIN):
             parts.append((type(leaf), leaf))
         else:
             return None
-    return tuple(parts)
+    return tuple(parts) if len(gpus) <= 1 else None
+
+
+def _is_on_gpu(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_cuda
+
+
+def _gpu_is_free() -> bool:
+    """Whether a graph may be captured: nobody captures already, and no casts of weights are kept outside of it."""
+    return not torch.cuda.is_current_stream_capturing() and not torch.is_autocast_enabled("cuda")
+
+
+def _cpu_settings() -> tuple[Hashable, ...]:
+    return torch.get_num_threads(), current_instruction_set(), torch.is_autocast_enabled("cpu")
+
+
+def _gpu_settings() -> tuple[Hashable, ...]:
+    """What decides which programs libraries run."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        cuda.matmul.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        *(cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()),
+    )
 
 
 def _same(a: Any, b: Any) -> bool:

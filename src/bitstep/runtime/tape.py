@@ -36,6 +36,7 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty_strided.default,
 }
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+_TRANSFERS = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}  # from one device to another
 _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}  # what no dispatcher sees
 
 
@@ -72,18 +73,25 @@ def record(function: Callable[..., Any], *args: Any) -> tuple[Any, Tape | None, 
 
     Everything but the values of tensors in ``args`` is taken to be the same whenever the tape runs.
     """
+    result, recorder = listen(function, *args)
+    if recorder.refusal:
+        return result, None, recorder.refusal
+    with torch.inference_mode(False), torch.no_grad():
+        return result, Tape(recorder, result), None
+
+
+def listen(function: Callable[..., Any], *args: Any) -> tuple[Any, Recorder]:
+    """``function(*args)``, and what was seen of it."""
     leaves, spec = tree_flatten(args)
     with torch.inference_mode(False), torch.no_grad():
         copies = [copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        recorder = Recorder(_tensors(copies))
+        recorder = Recorder(tensors_of(copies))
         with recorder, _Escapes(recorder), native.listening(recorder.launched):
             result = function(*tree_unflatten(copies, spec))
-        if recorder.refusal is None:
-            return result, Tape(recorder, result), None
-    for given, taken in zip(_tensors(leaves), _tensors(copies), strict=True):
+    for given, taken in zip(tensors_of(leaves), tensors_of(copies), strict=True):
         if taken._version > 1:  # the function works in place
-            _distinct(given).copy_(_distinct(taken))
-    return result, None, recorder.refusal
+            distinct(given).copy_(distinct(taken))
+    return result, recorder
 
 
 class Recorder(TorchDispatchMode):
@@ -105,27 +113,27 @@ class Recorder(TorchDispatchMode):
         self, op: OpOverload[Any, Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
+        given = tensors_of((args, kwargs))
         values = {a.name: a.default_value for a in op._schema.arguments}
         values |= dict(zip(values, args, strict=False)) | kwargs
-        written = _tensors(
+        written = tensors_of(
             [values.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         )
         self.refusal = self.refusal or _opaque(given) or self._why_not(op, values, written)
         result = op(*args, **kwargs)
-        self.refusal = self.refusal or _opaque(_tensors(result))
+        self.refusal = self.refusal or _opaque(tensors_of(result)) or self._why_not_alone(op, given, tensors_of(result))
         if self.refusal:
             return result
         if op in _ALLOCATIONS:
             self._add(result)
         elif any(map(self.knows, given)):
             known = {_address(tensor) for tensor in given}
-            fresh = [tensor for tensor in _tensors(result) if _address(tensor) not in known]
+            fresh = [tensor for tensor in tensors_of(result) if _address(tensor) not in known]
             for tensor in fresh:
                 self._add(tensor)
             if fresh or written:
                 self._append(_bind, (op, args, kwargs, result), [*fresh, *written])
-            if any(not isinstance(leaf, Tensor | None) for leaf in tree_leaves(result)):
+            if _gives_values(op):
                 self.refusal = f"{op} depends on values"
         self._note(given)
         return result
@@ -134,7 +142,7 @@ class Recorder(TorchDispatchMode):
         """Hear of a call into the native library."""
         if not self.refusal:
             self._append(bind, (y, *args), [y], in_parts)
-            self._note(_tensors(args))
+            self._note(tensors_of(args))
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` depends on the inputs."""
@@ -177,9 +185,19 @@ class Recorder(TorchDispatchMode):
             return f"{op} changes memory that is not the function's own"
         by_value = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
         if op is torch.ops.aten.index.Tensor:  # by numbers its shape is known
-            by_value = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(values["indices"]))
-        if by_value and any(map(self.knows, _tensors(values))):
+            by_value = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(values["indices"]))
+        if by_value and any(self.knows(tensor) or tensor.is_cuda for tensor in tensors_of(values)):
             return f"{op} depends on values"
+        return None
+
+    def _why_not_alone(self, op: OpOverload[Any, Any], given: list[Tensor], results: list[Tensor]) -> str | None:
+        """Why a GPU cannot run ``op`` without the CPU: only inputs may come from there (once, before a replay), and
+        single numbers, which are handed over with the call."""
+        if not any(tensor.is_cuda for tensor in (*given, *results)):
+            return None
+        elsewhere = [t for t in (*given, *results) if not t.is_cuda and not self.knows(t)]
+        if op is torch.ops.aten.lift_fresh.default or any(t.ndim or op in _TRANSFERS for t in elsewhere):
+            return f"{op} goes between the CPU and a GPU"
         return None
 
 
@@ -213,7 +231,7 @@ class Tape:
             start = offsets[view.buffer] // elements.itemsize
             return elements.as_strided(view.size, view.stride, start + view.offset)
 
-        self._inputs = [_distinct(place(view)) for view in recorder.inputs]
+        self._inputs = [distinct(place(view)) for view in recorder.inputs]
         self._calls = [entry.bind(*tree_map_only(View, place, entry.args)) for entry in self.entries]
         self._outputs = [place(leaf) if isinstance(leaf, View) else leaf for leaf in leaves]
         self._constants = list(recorder.constants.values())
@@ -225,8 +243,8 @@ class Tape:
 
     def run(self, *args: Any) -> Any:
         """What the recorded function gives for ``args``, in new tensors."""
-        for static, given in zip(self._inputs, _tensors(args), strict=True):
-            static.copy_(_distinct(given))
+        for static, given in zip(self._inputs, tensors_of(args), strict=True):
+            static.copy_(distinct(given))
         for call in self._calls:
             call()
         return tree_unflatten([copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._outputs], self._spec)
@@ -252,10 +270,10 @@ def plan(lives: Mapping[int, tuple[int, int]], nbytes: Sequence[int]) -> tuple[d
     return {buffer: start for start, _, buffer in placed}, max((stop for _, stop, _ in placed), default=0)
 
 
-def copy(x: Tensor) -> Tensor:
+def copy(x: Tensor, device: torch.device | None = None) -> Tensor:
     """``x`` in memory of its own, with the same strides."""
-    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    _distinct(y).copy_(_distinct(x))
+    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
+    distinct(y).copy_(distinct(x))
     return y
 
 
@@ -311,13 +329,13 @@ def _bind(op: OpOverload[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return partial(op, *args, **kwargs)
     if op in _COPIES:
         return partial(result.copy_, args[0])
-    results = _tensors(result)
+    results = tensors_of(result)
     out, names = _out_variant(op)
     if out is not None:
         return partial(out, *args, **kwargs, **dict(zip(names, results, strict=True)))
 
     def call() -> None:
-        for static, value in zip(results, _tensors(op(*args, **kwargs)), strict=True):
+        for static, value in zip(results, tensors_of(op(*args, **kwargs)), strict=True):
             static.copy_(value)
 
     return call
@@ -337,15 +355,21 @@ def _out_variant(op: OpOverload[Any, Any]) -> tuple[OpOverload[Any, Any] | None,
     return None, []
 
 
-def _distinct(x: Tensor) -> Tensor:
+def distinct(x: Tensor) -> Tensor:
     """The part of an expanded tensor that has memory of its own."""
     return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())] if 0 in x.stride() else x
+
+
+@cache
+def _gives_values(op: OpOverload[Any, Any]) -> bool:
+    """Whether ``op`` returns numbers (but for those that shapes alone decide)."""
+    return any(r.real_type.kind() in ("BoolType", "FloatType", "IntType", "NumberType") for r in op._schema.returns)
 
 
 _version = attrgetter("_version")
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -57,6 +57,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time ``rounds`` forward passes of each, on a call of the denoiser that its pipeline made.
 
+    On CUDA what a packed model does not quantize computes in float16, as pipelines do there; on a CPU in float32.
+
     against: precisions (``fp32``, ``bf16``, ``fp16``) of eager PyTorch, names of :data:`bitstep.stages.peers.PEERS`,
         and folders of other packed pipelines, say of other widths
 
@@ -219,7 +221,8 @@ def _work(task: Task) -> None:
 def _model(task: Task) -> ModelMixin:
     component = Path(task.component)
     if task.packed:
-        model = model_class(component).from_pretrained(component)
+        dtype = torch.float16 if _is_gpu(task.device) else torch.float32
+        model = model_class(component).from_pretrained(component, dtype=dtype)
         set_backend(model, task.backend)
     else:
         torch.set_default_dtype(DTYPES.get(task.name, torch.float32))
@@ -233,14 +236,18 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if keep else tensor.to(dtype)
 
 
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
 def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
+    if _is_gpu(device):
         torch.cuda.synchronize(device)
 
 
 def _peak_memory(device: str) -> float:
     """Largest resident set of this process so far, in MB; on CUDA the most that torch had allocated."""
-    if device.startswith("cuda"):
+    if _is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would begin with the size of the process that started this one
