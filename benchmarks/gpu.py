@@ -222,7 +222,7 @@ def one_program_for_all_sizes() -> None:
 
 
 def with_tiling(tiling: Tiling, call: Callable[[], Any]) -> Any:
-    def fixed(rows: int, out: int) -> Tiling:  # a mock's own answer would take longer than many a product
+    def fixed(*_: int) -> Tiling:  # a mock's own answer would take longer than many a product
         return tiling
 
     with mock.patch.object(cuda, "tiling_of", fixed):
@@ -607,6 +607,8 @@ def main() -> None:
 
     if arguments.what != "tables":
         results["machine"] = machine()
+    elif not results:
+        raise SystemExit(f"{arguments.results} is not there: nothing was measured yet")
     if arguments.what in ("all", "layers"):
         measure_layers(results)
         save()
