@@ -31,11 +31,14 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bitstep.steps import StepGrid
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 DOCUMENT = ROOT / "docs/performance.md"
@@ -124,13 +127,13 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
     return lambda x, t: model(x.to(dtype), t).float()
 
 
-def packed(name: str, weight_bits: int, activation_bits: int) -> nn.Module:
-    """The model as ``from_pretrained`` gives it, its random weights rounded."""
+def packed(model: nn.Module, weight_bits: int, activation_bits: int, grid: StepGrid | None = None) -> nn.Module:
+    """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
     from bitstep.checkpoint import PackedLayer, pack_model
     from bitstep.numerics.packing import QuantizedWeight
     from bitstep.numerics.uniform import quantize, search_range
 
-    model = build(name)
+    steps = 1 if grid is None else len(grid)
     named = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     ends = (next(iter(named)), next(reversed(named)))
     layers = {}
@@ -152,19 +155,19 @@ def packed(name: str, weight_bits: int, activation_bits: int) -> nn.Module:
                 codes.to(torch.uint8)[None], scale[None], zero_point, bits, tuple(layer.weight.shape)
             ),
             bias=layer.bias,
-            input_scale=None if code_bits is None else torch.tensor([8 / 2**code_bits]),
-            input_zero_point=None if code_bits is None else torch.tensor([2.0 ** (code_bits - 1)]),
+            input_scale=None if code_bits is None else torch.full((steps,), 8 / 2**code_bits),
+            input_zero_point=None if code_bits is None else torch.full((steps,), 2.0 ** (code_bits - 1)),
             activation_bits=code_bits,
             channel_reciprocal=None,
             macs=1,
         )
     return pack_model(  # type: ignore[no-any-return]
-        model, layers, grid=None, modules_to_not_convert={}, total_macs=len(layers), recipe={"name": "random"}
+        model, layers, grid=grid, modules_to_not_convert={}, total_macs=len(layers), recipe={"name": "random"}
     )
 
 
 def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Denoise:
-    return Denoiser(packed(name, weight_bits, activation_bits))
+    return Denoiser(packed(build(name), weight_bits, activation_bits))
 
 
 def peer(name: str, batch: int, runtime: str) -> Denoise:
@@ -333,7 +336,7 @@ def compare_first_images(rounds: int) -> list[dict[str, Any]]:
     measured: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
     with tempfile.TemporaryDirectory() as folder:
         for width, bits in WIDTHS.items():
-            DDIMPipeline(packed("A", *bits), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
+            DDIMPipeline(packed(build("A"), *bits), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
         for _ in range(rounds):
             for width, runs in measured.items():
                 command = [sys.executable, __file__, "--first-image", f"{folder}/{width}", str(time.time())]
