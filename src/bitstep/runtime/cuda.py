@@ -143,7 +143,7 @@ class _Product:
         ]
         y = torch.empty(samples, *out_size, self._out, dtype=dtype, device=codes.device)
         rows = samples * prod(out_size)
-        tiling = tiling_of(rows, self._out)
+        tiling = tiling_of(rows, self._out, self._tile, self._bits < 8, _processors(codes.device))
         device_code.multiply[(_blocks(rows, tiling.rows), _blocks(self._out, tiling.columns))](
             codes,
             self._weight,
@@ -183,9 +183,29 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def tiling_of(rows: int, out: int) -> Tiling:
-    """The tiling for a product of that many rows and columns: smaller where large tiles would leave a GPU idle."""
-    return Tiling(128, 128, 8, 3) if rows * out >= 128 * 128 * 256 else Tiling(64, 64, 4, 3)
+def tiling_of(rows: int, out: int, channels: int, unpacked: bool, processors: int) -> Tiling:
+    """The tiling for a product of that many rows and columns, ``channels`` at a time: the largest that leaves no
+    processor idle.
+
+    Unpacking is work of every program for its columns, so that where weights share bytes narrow tiles with many rows
+    win, half a program a processor at the least; else two. Measured (benchmarks/gpu.py tilings).
+    """
+    if unpacked:
+        shapes, enough = ((256, 64), (128, 32), (64, 32)), processors / 2
+    else:
+        shapes, enough = ((128, 128), (128, 64), (32, 64)), 2 * processors
+    for height, width in shapes:
+        programs = _blocks(rows, height) * _blocks(out, width)
+        if programs >= enough and (width < 128 or out % width == 0):
+            crowded = height == 256 and channels == 128 and programs > processors  # two programs then fit in the memory
+            return Tiling(height, width, 4, 2 if crowded else 3)
+    return Tiling(32, 32, 4, 5 if unpacked else 4)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Of the GPU; as many as a large one has where there is none, in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _tile_of(channels: int) -> int:
