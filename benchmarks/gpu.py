@@ -211,18 +211,8 @@ GRID = product((16, 32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5))
 TILINGS = [tiling for tiling in map(Tiling._make, GRID) if _is_sensible(tiling)]
 
 
-def one_program_for_all_sizes() -> None:
-    """Keep Triton from compiling a program once more for sizes that are 1 or divisible by 16: of no use in this one."""
-    import triton
-
-    from bitstep.runtime import device_code
-
-    sizes = ["samples", "height", "width", "out_height", "out_width", "scale_stride"]
-    device_code.multiply = triton.jit(device_code.multiply.fn, do_not_specialize=sizes)
-
-
 def with_tiling(tiling: Tiling, call: Callable[[], Any]) -> Any:
-    def fixed(*_: int) -> Tiling:  # a mock's own answer would take longer than many a product
+    def fixed(*_: Any) -> Tiling:  # a mock's own answer would take longer than many a product
         return tiling
 
     with mock.patch.object(cuda, "tiling_of", fixed):
@@ -231,7 +221,6 @@ def with_tiling(tiling: Tiling, call: Callable[[], Any]) -> Any:
 
 def compile_tilings(job: tuple[Shape, str, list[Tiling]]) -> None:
     torch.set_grad_enabled(False)
-    one_program_for_all_sizes()
     shape, width, tilings = job
     call = product_of(packed_layer(shape, width), shape.input())
     for tiling in tilings:
@@ -248,7 +237,8 @@ def sweep_jobs() -> list[tuple[Shape, str, list[Tiling]]]:
 def sweep(shape: Shape, width: str) -> dict[str, Any]:
     """Microseconds of the product with every tiling."""
     call = product_of(packed_layer(shape, width), shape.input())
-    rule = cuda.tiling_of(shape.rows, shape.out)
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    rule = cuda.tiling_of(shape.rows, shape.out, cuda._tile_of(shape.channels), width[1] != "8", processors)
     times = {tiling: tried(partial(with_tiling, tiling, partial(microseconds, call))) for tiling in {*TILINGS, rule}}
     return {
         "shape": shape._asdict(),
@@ -275,7 +265,6 @@ def swept_line(row: dict[str, Any]) -> str:
 def measure_tilings(out: Path, seconds: float) -> None:
     began = time.monotonic()
     in_processes(compile_tilings, sweep_jobs(), seconds / 2)
-    one_program_for_all_sizes()
     rows: list[dict[str, Any]] = []
     for shape, width in product(SHAPES, SWEPT):
         if time.monotonic() - began > seconds:

@@ -63,7 +63,8 @@ def code_inputs(
     tl.store(codes + places, v.to(tl.int8), mask=inside)
 
 
-@triton.jit
+# a program for all sizes: those that are 1 or divisible by 16 would else be compiled once more, and run no faster
+@triton.jit(do_not_specialize=["samples", "height", "width", "out_height", "out_width", "scale_stride"])
 def multiply(
     codes,  # int8 [samples, height, width, channels]: code - 128, padded
     weight,  # uint8 [BASES, out, steps / codes a byte, BLOCK_K]
