@@ -2,6 +2,8 @@
 
     python benchmarks/league.py                                   # every row that the results file lacks
     python benchmarks/league.py --recipes best --bits W4A4        # only those of them
+    python benchmarks/league.py --effort quick --seeds 0 --num 256 --source demo:cifar10 \\
+        --real ../shared/data/cifar10 --features ../shared/features/*.pt --results benchmarks/results/league-cifar10.json
 
 The W4A4 and W1.1A4 rows have three seeds. Rows, columns and resuming are those of quality.py.
 """
@@ -18,7 +20,6 @@ METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "be
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
-IMAGES = "../shared/data/fruits32"
 EVERYTHING = ["attention.quantized=true"]  # what makes efficientdm's coverage that of dilatequant
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
@@ -58,17 +59,17 @@ SUMMARY_COLUMNS = (
 )
 
 
-def league() -> Iterator[tuple[str, str, list[str], str | None]]:
+def league(images: str) -> Iterator[tuple[str, str, list[str], str | None]]:
     """Recipe, bits, overrides, training images."""
     for bits in BITS:
         for method in METHODS:
-            yield method, bits, [], IMAGES if method == "lsq" else None
+            yield method, bits, [], images if method == "lsq" else None
     for recipe, bits, overrides in ABLATIONS:
         yield recipe, bits, overrides, None
     for bits in BINARY:
-        yield "binary-baseline", bits, [], IMAGES
-        yield "binarydm", bits.replace("W1", "W1.1"), [], IMAGES
-        yield "binarydm-ebb", bits, [], IMAGES
+        yield "binary-baseline", bits, [], images
+        yield "binarydm", bits.replace("W1", "W1.1"), [], images
+        yield "binarydm-ebb", bits, [], images
     for bits in BINARY:
         yield "binary-baseline", bits, [], None
         for overrides in TECHNIQUES:
@@ -76,7 +77,7 @@ def league() -> Iterator[tuple[str, str, list[str], str | None]]:
         yield "binarydm-ebb", bits, [], None
     yield "best-binary", "W1.1A4", [], None
     yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
-    yield "binary-baseline", "W1A4", AS_LONG, IMAGES
+    yield "binary-baseline", "W1A4", AS_LONG, images
 
 
 def main() -> None:
@@ -85,12 +86,13 @@ def main() -> None:
     settings = options.parse_args()
     rows = [
         Quantization(settings.source, recipe, bits, settings.effort, seed, overrides, data)
-        for recipe, bits, overrides, data in league()
+        for recipe, bits, overrides, data in league(f"../shared/data/{settings.real.name}")
         for seed in (settings.seeds if bits in SEVERAL else settings.seeds[:1])
         if recipe in (settings.recipes or [recipe]) and bits in (settings.bits or [bits])
     ]
     measure_all(settings, rows)
-    summarize(load_results(settings))
+    if settings.source == options.get_default("source"):
+        summarize(load_results(settings))
 
 
 def summarize(results: dict[str, Any]) -> None:
