@@ -3,7 +3,8 @@
     python benchmarks/league.py                                   # every row that the results file lacks
     python benchmarks/league.py --recipes best --bits W4A4        # only those of them
     python benchmarks/league.py --effort quick --seeds 0 --num 256 --source demo:cifar10 \\
-        --real ../shared/data/cifar10 --features ../shared/features/*.pt --results benchmarks/results/league-cifar10.json
+        --real ../shared/data/cifar10 --features ../shared/features/*.pt \\
+        --results benchmarks/results/league-cifar10.json          # another teacher
 
 The W4A4 and W1.1A4 rows have three seeds. Rows, columns and resuming are those of quality.py.
 """
