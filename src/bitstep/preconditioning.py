@@ -69,8 +69,14 @@ def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     return output.narrow(axis, 0, channels), sample.narrow(axis, 0, channels)
 
 
-def fit(output: Tensor, sample: Tensor, target: Tensor, averaged: float) -> tuple[float, float]:
-    """``(c_out, c_skip)`` that bring ``c_out * output + c_skip * sample`` to ``target``; shapes are alike.
+def moments(output: Tensor, sample: Tensor, target: Tensor) -> Tensor:
+    """All that :func:`fit` needs to know of the three, of one shape: their inner products, float64 ``[3, 3]``."""
+    rows = torch.stack([tensor.flatten().double() for tensor in (output, sample, target)])
+    return rows @ rows.T
+
+
+def fit(moments: Tensor, averaged: float) -> tuple[float, float]:
+    """``(c_out, c_skip)`` that bring ``c_out * output + c_skip * sample`` to ``target``.
 
     Of all three only what the sample does not say matters for c_out, q and y. Least squares, w = <q, y> / <q, q>, see
     one step: what they lose of the picture, all but the share r = <q, y>^2 / <q, q><y, y>, is as bad to them as noise.
@@ -79,10 +85,10 @@ def fit(output: Tensor, sample: Tensor, target: Tensor, averaged: float) -> tupl
 
         c_out = w / (r + (1 - r) / K)
     """
-    output, sample, target = (tensor.flatten().double() for tensor in (output, sample, target))
-    power = (sample @ sample).clamp(min=_TINY)
-    q, y = (tensor - (tensor @ sample / power) * sample for tensor in (output, target))
-    of_output, of_target, both = (q @ q).clamp(min=_TINY), (y @ y).clamp(min=_TINY), q @ y
+    beside_sample = moments - moments[:, 1:2] * moments[1:2] / moments[1, 1].clamp(min=_TINY)
+    of_output, of_target = beside_sample[0, 0].clamp(min=_TINY), beside_sample[2, 2].clamp(min=_TINY)
+    both = beside_sample[0, 2]
     share = both.square() / (of_output * of_target)
     out = both / of_output / (share + (1 - share) / averaged)
-    return float(out), float((target - out * output) @ sample / power)
+    skip = (moments[2, 1] - out * moments[0, 1]) / moments[1, 1].clamp(min=_TINY)
+    return float(out), float(skip)

@@ -165,7 +165,16 @@ def _fit(
     if method.output.preconditioned:
         images, averaged = calibration.range_images, method.output.averaged
         with report.bar("precondition the output") as update:
-            precondition(student.denoiser, student.cursor, pool, images=images, averaged=averaged, progress=update)
+            precondition(
+                source,
+                student.denoiser,
+                student.cursor,
+                pool,
+                images=images,
+                averaged=averaged,
+                progress=update,
+                **sampling,
+            )
     return student
 
 

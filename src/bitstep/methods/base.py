@@ -115,11 +115,11 @@ class Output(Slot):
     """Whether the output is preconditioned: weighed against the noisy sample, by two numbers per timestep
     (:mod:`bitstep.preconditioning`).
 
-    averaged: steps over which errors are taken to average out
+    averaged: steps over which errors are taken to average out; None measures it (:mod:`bitstep.stages.precondition`)
     """
 
     preconditioned: bool = False
-    averaged: PositiveFloat = 2.0
+    averaged: PositiveFloat | None = None
 
 
 class Calibration(Slot):
