@@ -22,7 +22,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tile", type=int, default=32)
     settings = options.parse_args()
-    figure = Figure(figsize=(3 * len(settings.rows), 3.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(settings.rows), 3.4), layout="constrained")
     panels = figure.subplots(1, len(settings.rows), squeeze=False)[0]
     for axes, name, title in zip(panels, settings.rows, settings.titles or settings.rows, strict=True):
         axes.set_title(title)
