@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -137,11 +137,13 @@ class Judge:
         return dict(zip(keys, map(frechet_distance, features, others), strict=True))
 
     def _extract(self, name: str, images: Callable[[], Tensor]) -> list[Tensor]:
-        """The features of every network."""
-        return [
-            self._once(f"{name}-{stem}", partial(lambda network: extract(network, images(), BATCH), network))
-            for stem, network in self._networks.items()
-        ]
+        """The features of every network; ``images`` are had once, where they are needed."""
+        images = cache(images)
+
+        def features(network: torch.nn.Module) -> Tensor:
+            return extract(network, images(), BATCH)
+
+        return [self._once(f"{name}-{stem}", partial(features, net)) for stem, net in self._networks.items()]
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or what it made for the same settings in an earlier run."""

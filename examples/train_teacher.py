@@ -25,6 +25,7 @@ from torch import Tensor
 from bitstep.stages.sample import read
 
 SIZE = 32
+TIMESTEPS = 1000
 SECONDS_BETWEEN_STATES = 60
 
 
@@ -58,7 +59,7 @@ def unet(channels: Sequence[int]) -> UNet2DModel:
 
 
 def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing")
+    return DDIMScheduler(num_train_timesteps=TIMESTEPS, beta_schedule="linear", timestep_spacing="trailing")
 
 
 def batch(pixels: Tensor, settings: Settings, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +70,7 @@ def batch(pixels: Tensor, settings: Settings, step: int, device: torch.device) -
     mirrored = torch.rand(size, generator=random, device=device) < 0.5
     clean = torch.where(mirrored[:, None, None, None], clean.flip(-1), clean)
     noise = torch.randn(clean.shape, generator=random, device=device)
-    return clean, noise, torch.randint(len(scheduler().betas), size, generator=random, device=device)
+    return clean, noise, torch.randint(TIMESTEPS, size, generator=random, device=device)
 
 
 def train(pixels: Tensor, settings: Settings, out: Path) -> Iterator[tuple[int, Tensor]]:

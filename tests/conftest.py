@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from packed import random_model
 from pipelines import build
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Without gradients, as forward passes are replayed, and from one seed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

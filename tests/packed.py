@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from math import prod
@@ -90,6 +91,13 @@ def filled(layer: nn.Module, packed: PackedLayer, cursor: StepCursor | None = No
     module = packed_like(layer, packed.entry().layer_format(), None if cursor is None else StepRows(cursor))
     module.load_state_dict(packed.state())
     return module
+
+
+def without_replay(model: nn.Module) -> nn.Module:
+    """A copy whose forward passes run layer by layer."""
+    plain = copy.deepcopy(model)
+    del plain.forward
+    return plain
 
 
 def random_model(model: ModelMixin, bits: int = 4, activation_bits: int | None = 4, **options: Any) -> ModelMixin:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from packed import GRID, random_model
+from packed import GRID, random_model, without_replay
 from pipelines import BUILDERS, build, unet
 from torch import Tensor, nn
 
@@ -18,14 +17,10 @@ from bitstep.runtime.graph import Graph, record
 from bitstep.runtime.replay import Replay
 from bitstep.stages.generate import denoiser_name, generate_batch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.usefixtures("no_grad"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +42,6 @@ def known(model: nn.Module) -> list[Any]:
 
 def proven(model: nn.Module) -> int:
     return sum(isinstance(found.tape, Graph) and found.proven for found in known(model))
-
-
-def without_replay(model: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(model)
-    del plain.forward
-    return plain
 
 
 def forward(model: Any, timestep: float | Tensor = 420.0, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from packed import GRID, filled, random_layer, random_model
+from packed import GRID, filled, random_layer, random_model, without_replay
 from pipelines import BUILDERS, build, unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,12 +24,7 @@ from bitstep.runtime.replay import Replay, enable_replay
 from bitstep.runtime.tape import plan, record
 from bitstep.stages.generate import denoiser_name, generate_batch
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +44,6 @@ def replay(model: nn.Module) -> Replay:
 
 def proven(model: nn.Module) -> int:
     return sum(known.proven for known in replay(model).known.values())
-
-
-def without_replay(model: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(model)
-    del plain.forward
-    return plain
 
 
 def forward(model: nn.Module, timestep: float | Tensor = 420.0, batch: int = 2, seed: int = 0) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Unpack
+from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from bitstep.steps import StepCursor
 
 IMAGES = 8
 AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)
+"""What is tried, on so many images."""
 
 
 def check(denoiser: nn.Module, pool: Pool) -> None:
@@ -52,15 +54,16 @@ def precondition(
         trajectories end nearest to those of ``source``. (By how much errors average out depends on the model: over 2
         steps on pictures of fruit, over 8 on photographs.)
     """
-    device = next(denoiser.parameters()).device
+    device, steps = next(denoiser.parameters()).device, len(pool.timesteps)
+    total = steps * (1 if averaged is not None else 2 + len(AVERAGED))
     tables = Preconditioning(cursor).to(device)
     found = []
-    for step in range(len(pool.timesteps)):
+    for step in range(steps):
         call, target = pool.batch(pool.indices_at(step)[:images])
         target, sample = shared(target, call.arguments[sample_name(denoiser)])
         output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
         found.append(moments(*(pool.guided(rows) for rows in (output, sample, target))))
-        progress(step + 1, len(pool.timesteps))
+        progress(step + 1, total)
     tables.attach(denoiser)
 
     def put(averaged: float) -> None:
@@ -69,21 +72,19 @@ def precondition(
 
     if averaged is None:
         expected = finished(source, source.denoiser, **sampling)
-
-        def error(averaged: float) -> float:
-            put(averaged)
-            return float((finished(source, denoiser, **sampling) - expected).square().mean())
-
-        averaged = min(AVERAGED, key=error)
+        errors: list[float] = []
+        for tried in AVERAGED:
+            progress(steps * (2 + len(errors)), total)
+            put(tried)
+            errors.append(float((finished(source, denoiser, **sampling) - expected).square().mean()))
+        progress(total, total)
+        averaged = AVERAGED[errors.index(min(errors))]
     put(averaged)
     return tables
 
 
 def finished(source: Source, denoiser: nn.Module, **sampling: Unpack[Sampling]) -> Tensor:
     """What ``IMAGES`` trajectories of the pipeline end with when ``denoiser`` answers in the place of its own."""
-
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return denoiser(*args, **kwargs)
-
-    with nullcontext() if denoiser is source.denoiser else wrapped(source.denoiser, "forward", lambda _: answer):
+    own = denoiser is source.denoiser
+    with nullcontext() if own else wrapped(source.denoiser, "forward", lambda _: partial(denoiser)):
         return generate_batch(source.pipeline, range(IMAGES), output_type=latent_type(source.pipeline), **sampling)
