@@ -66,7 +66,6 @@ def measure(objective: Objective) -> dict[str, float]:
             structure=student.structure,
             cursor=student.cursor,
             pool=pool,
-            stream=lambda _: pool,
             folder=Path(folder),
             seed=0,
         )

@@ -66,7 +66,6 @@ def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> 
         structure=student.structure,
         cursor=student.cursor,
         pool=pool,
-        stream=lambda number: pool,
         folder=Path(),
         seed=0,
     )
@@ -221,10 +220,10 @@ def test_images_alone_cannot_train_a_conditional_denoiser() -> None:
 def test_the_mimicking_basis_is_that_of_all_features_at_once() -> None:
     _, context, pool = prepared()
     name = "down_blocks.1.resnets.0"
-    gram = feature_grams(context, [name])[name]
+    gram = feature_grams(context, [name], 5)[name]
     features: list[Tensor] = []
     handle = context.teacher.get_submodule(name).register_forward_hook(lambda _, args, output: features.append(output))
-    call_denoiser(context.teacher, context.batch(pool, torch.arange(len(pool)))[0])
+    call_denoiser(context.teacher, context.batch(torch.arange(len(pool)))[0])
     handle.remove()
     rows = features[0].movedim(1, -1).flatten(0, 2).double()
     torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
@@ -240,10 +239,10 @@ def test_of_blocks_that_return_text_and_sample_the_sample_is_mimicked() -> None:
     loss = unit_of(context, Mimicking()).loss(0)  # the text that SD3's last block returns is None
     loss.backward()
     name = "transformer_blocks.0"
-    gram = feature_grams(context, [name])[name]
+    gram = feature_grams(context, [name], 5)[name]
     found: list[Any] = []
     handle = context.teacher.get_submodule(name).register_forward_hook(lambda _, args, output: found.append(output))
-    call_denoiser(context.teacher, context.batch(context.pool, torch.arange(len(context.pool)))[0])
+    call_denoiser(context.teacher, context.batch(torch.arange(len(context.pool)))[0])
     handle.remove()
     _, sample = found[0]
     rows = sample.flatten(0, 1).double()
@@ -426,7 +425,7 @@ def test_binarydm_beats_plain_binarization() -> None:
         student, context, _ = prepared(bits=bits)
         for _ in finetune(replace(context, pool=trajectories), phases, TrainingState()):
             pass
-        call, target = context.batch(unseen, torch.arange(len(unseen)))
+        call, target = unseen.batch(torch.arange(len(unseen)))
         with torch.no_grad():
             return (call_denoiser(student.denoiser, call) - target).square().mean().item()
 

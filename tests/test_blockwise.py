@@ -46,7 +46,6 @@ def context_of(teacher: nn.Module, pool: Pool, folder: Path, method: Method = DI
         structure=student.structure,
         cursor=student.cursor,
         pool=pool,
-        stream=lambda number: pool,
         folder=folder,
         seed=0,
         attention=student.attention,

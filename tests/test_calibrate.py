@@ -51,13 +51,10 @@ def test_a_pool_with_other_settings_is_refused(tmp_path: Path) -> None:
 def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None:
     pool = record(source("ddim"), tmp_path, images=4, batch_size=2, steps=2, seed=0)
     _, second = stream(source("ddim"), images=4, batch_size=2, steps=2, seed=0)
-    later = next(stream(source("ddim"), images=4, batch_size=2, steps=2, seed=0, first_batch=1))
-    stored, target = pool.batch([4, 5, 6, 7])
-    for streamed in (second, later):
-        call, output = streamed.batch([0, 1, 2, 3])
-        assert torch.equal(call.arguments["sample"], stored.arguments["sample"])
-        assert torch.equal(call.timestep, stored.timestep)
-        assert torch.equal(output, target)
+    (stored, target), (call, output) = pool.batch([4, 5, 6, 7]), second.batch([0, 1, 2, 3])
+    assert torch.equal(call.arguments["sample"], stored.arguments["sample"])
+    assert torch.equal(call.timestep, stored.timestep)
+    assert torch.equal(output, target)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's own, of RMSNorm
@@ -114,7 +111,7 @@ def test_class_labels_and_prompts_belong_to_images() -> None:
     pool = next(stream(source("dit"), images=6, batch_size=6, steps=1, seed=0, guidance_scale=1.0))
     labels = pool.batch(range(6))[0].arguments["class_labels"]
     assert len(labels.unique()) > 1
-    again = next(stream(source("dit"), images=6, batch_size=3, steps=1, seed=0, guidance_scale=1.0, first_batch=1))
+    _, again = stream(source("dit"), images=6, batch_size=3, steps=1, seed=0, guidance_scale=1.0)
     assert torch.equal(again.batch(range(3))[0].arguments["class_labels"], labels[3:])
 
     text = next(
@@ -131,6 +128,13 @@ def test_a_teacher_that_yields_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BitstepError, match="at timestep 999 is not finite"):
         record(broken, tmp_path, images=2, batch_size=2, steps=2, seed=0)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_the_scheduler_is_not_given_does_not_count() -> None:
+    pool = next(stream(source("dit"), images=2, batch_size=2, steps=2, seed=0, guidance_scale=4.0))
+    _, target = pool.batch(range(4))  # chunk by chunk, with a learned variance
+    epsilon = target[:, :4]
+    torch.testing.assert_close(pool.guided(target), 4 * epsilon[:4] - 3 * epsilon[4:], rtol=1e-4, atol=1e-4)
 
 
 def test_settings_that_would_do_nothing_are_refused() -> None:

@@ -223,14 +223,6 @@ def test_a_teacher_with_nan_is_refused(tmp_path: Path) -> None:
         run.quantize(str(tmp_path / "broken"), out=tmp_path / "out", **tiny("minmax"))
 
 
-def test_streaming_distillation_needs_no_shuffled_pool(teacher: str, tmp_path: Path) -> None:
-    arguments = tiny("efficientdm")
-    arguments["overrides"] = [*arguments["overrides"], "training.0.objective.order=streaming"]
-    out = run.quantize(teacher, out=tmp_path / "out", **arguments)
-    losses = (out / "run" / LOSS).read_text().splitlines()
-    assert len(losses) == 5
-
-
 def test_gradient_checkpointing_changes_nothing(teacher: str, tmp_path: Path) -> None:
     plain = run.quantize(teacher, out=tmp_path / "plain", **tiny("efficientdm"))
     arguments = tiny("efficientdm")

@@ -68,6 +68,15 @@ def test_in_range_scale_gradient_is_that_of_the_rounding_residual() -> None:
     assert scale.grad.item() == pytest.approx(difference - 0.83 / s, rel=1e-6)
 
 
+@pytest.mark.parametrize("x", [1.0, 2000.0])
+def test_the_scale_of_a_row_that_was_always_zero_has_the_gradient_of_a_clipped_value(x: float) -> None:
+    strided = torch.full((2, 2), x)[:, :1]  # not dense, as on a GPU: torch's own operators
+    scale = torch.full((2, 1), 1e-36, requires_grad=True)
+    uniform.fake_quantize(strided, scale, torch.full((2, 1), 8.0), 4).sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.tolist() == [[7.0], [7.0]]
+
+
 def test_zero_point_rounds_into_range_with_a_straight_through_gradient() -> None:
     zero_point = torch.tensor([-3.0, 2.4, 99.0], requires_grad=True)
     rounded = uniform.round_zero_point(zero_point, 4)

@@ -21,7 +21,7 @@ from bitstep.files import replacing
 from bitstep.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Pool:
@@ -44,6 +44,7 @@ class Pool:
             [gram for shard in shards for gram in shard.grams], torch.finfo(shards[0].tensors[OUTPUT].dtype).eps
         )
         self._chunks = 1 if self.guidance is None else len(self.guidance)
+        self._handed = shards[0].handed
         # per sample: its shard, call and row; chunk j of the sample is j * stride rows further
         places, timesteps = [], []
         for i, shard in enumerate(shards):
@@ -53,7 +54,9 @@ class Pool:
         self._places = torch.cat(places)
         self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
         self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
-        self.unit = float(train_timesteps) if self.timesteps[-1] > 1 else 1.0
+        # (EDM's timesteps are logarithms of noise levels, from below 0 to above 1)
+        counted = self.timesteps[0] >= 0 and self.timesteps[-1] > 1
+        self.unit = float(train_timesteps) if counted else 1.0
 
     def __len__(self) -> int:
         return len(self._places)
@@ -67,8 +70,9 @@ class Pool:
         return cls(shards, index["train_timesteps"])
 
     def guided(self, rows: Tensor) -> Tensor:
-        """``[chunks * n, ...]``, as calls hold them, -> ``[n, ...]``: the chunks as the pipeline combines them for its
-        scheduler, or the rows as they are where there is no guidance."""
+        """``[chunks * n, c, ...]``, as calls hold them, -> ``[n, c', ...]``, what the pipeline hands to its scheduler:
+        the chunks as it combines them, or the rows where there is no guidance, of the channels that it hands on."""
+        rows = rows[:, : self._handed]
         if self.guidance is None:
             return rows
         return torch.einsum("k,kb...->b...", self.guidance.to(rows), rows.unflatten(0, (self._chunks, -1)))
@@ -143,6 +147,7 @@ class PoolWriter:
         index = self._index | {
             "call": shard.skeleton,
             "batched": list(shard.batched),
+            "handed": shard.handed,
             "shards": [*self._index["shards"], entry],
         }
         path = _shard_path(self._folder, len(self))
@@ -179,7 +184,7 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
     grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), grams)
+    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), grams, index["handed"])
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Shard:
     skeleton: the call with names in the place of tensors, JSON
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
+    handed: how many entries of the output's dimension 1, the first ones, the scheduler was given: half of them where it
+        does without the variance that the denoiser learned
     """
 
     tensors: Mapping[str, Tensor]
@@ -39,6 +41,7 @@ class Shard:
     batched: tuple[str, ...]
     varying: tuple[str, ...]
     grams: tuple[Tensor | None, ...]
+    handed: int
 
     @property
     def timesteps(self) -> Tensor:
@@ -67,6 +70,7 @@ class Recorder:
         self._leaves: list[dict[str, Tensor]] = []
         self._outputs: list[Tensor] = []
         self._grams: list[Tensor | None] = []
+        self._handed = 0
         self._pending = 0  # calls since the scheduler's last step
         self._exit = ExitStack()
 
@@ -95,7 +99,7 @@ class Recorder:
                 varying.append(name)
             else:
                 raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
-        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams))
+        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams), self._handed)
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = first_tensor(output).detach()
@@ -126,9 +130,11 @@ class Recorder:
 
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            handed = args[0] if args else kwargs["model_output"]
+            handed, output = args[0] if args else kwargs["model_output"], self._outputs[-1]
             if self._pending == 1:  # guidance in two passes is two independent calls
-                self._grams[-1] = _gram(self._outputs[-1], handed.detach().cpu(), self._images)
+                self._grams[-1] = _gram(output, handed.detach().cpu(), self._images)
+            same = handed.shape[2:] == output.shape[2:]
+            self._handed = min(handed.shape[1], output.shape[1]) if same else output.shape[1]
             self._pending = 0
             return step(*args, **kwargs)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from bitstep.pool import Pool
 from bitstep.recipe import Recipe, resolve
 from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
-from bitstep.stages.calibrate import record, stream
+from bitstep.stages.calibrate import record
 from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.load import Source, load
@@ -117,10 +116,17 @@ def _fit(
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
     }
-    teacher, batch_size, bf16 = source.denoiser, calibration.batch_size, calibration.bf16
-    amount: dict[str, Any] = {"images": calibration.images, "batch_size": batch_size, "bf16": bf16}
+    teacher = source.denoiser
     with report.bar("record trajectories") as update:
-        pool = record(source, work.pool, progress=update, **amount, **sampling)
+        pool = record(
+            source,
+            work.pool,
+            images=calibration.images,
+            batch_size=calibration.batch_size,
+            bf16=calibration.bf16,
+            progress=update,
+            **sampling,
+        )
     if method.output.preconditioned:
         check(teacher, pool)
     found = importance = None
@@ -140,12 +146,6 @@ def _fit(
             progress=update,
         )
 
-    @lru_cache(maxsize=1)
-    def streamed(number: int) -> Pool:
-        images = (number + 1) * batch_size
-        batches = stream(source, images=images, batch_size=batch_size, bf16=bf16, first_batch=number, **sampling)
-        return next(batches)
-
     context = Context(
         teacher=teacher,
         student=student.denoiser,
@@ -154,7 +154,6 @@ def _fit(
         structure=student.structure,
         cursor=student.cursor,
         pool=pool,
-        stream=streamed,
         folder=work.path,
         seed=seed,
         images=None if data is None else _read_images(Path(data), source, pool),
@@ -163,15 +162,15 @@ def _fit(
     if method.training:
         _train(context, method.training, work, report)
     if method.output.preconditioned:
-        images, averaged = calibration.range_images, method.output.averaged
         with report.bar("precondition the output") as update:
             precondition(
                 source,
                 student.denoiser,
                 student.cursor,
                 pool,
-                images=images,
-                averaged=averaged,
+                images=calibration.range_images,
+                batch_size=calibration.batch_size,
+                averaged=method.output.averaged,
                 progress=update,
                 **sampling,
             )

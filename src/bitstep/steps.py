@@ -9,6 +9,7 @@ all find their rows. Between two keys a table is interpolated, so that one table
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -50,7 +51,10 @@ class Position:
 
 @dataclass(frozen=True)
 class StepGrid:
-    """The keys of a per-timestep table, ascending in [0, 1], and the timestep that counts as 1."""
+    """The keys of a per-timestep table, ascending, and the timestep that counts as 1.
+
+    A schedule's timesteps lie in [0, unit]; of one that has others (EDM: a logarithm of the noise level), keys do too.
+    """
 
     keys: tuple[float, ...]
     unit: float
@@ -58,8 +62,8 @@ class StepGrid:
     def __post_init__(self) -> None:
         if not self.keys or any(b <= a for a, b in zip(self.keys, self.keys[1:], strict=False)):
             raise ValueError("a step grid needs at least one key, strictly ascending")
-        if self.keys[0] < 0 or self.keys[-1] > 1 + _MARGIN or self.unit <= 0:
-            raise ValueError("step grid keys are timesteps divided by a positive unit, and lie in [0, 1]")
+        if not all(map(math.isfinite, self.keys)) or not 0 < self.unit < math.inf:
+            raise ValueError("step grid keys are finite timesteps divided by a finite, positive unit")
 
     @classmethod
     def from_timesteps(cls, timesteps: Tensor, unit: float) -> StepGrid:
@@ -72,11 +76,12 @@ class StepGrid:
     def locate(self, timestep: Tensor | float) -> Position:
         """Rows for one timestep (scalar) or one per sample ``[batch]``; outside the keys the nearest row is used.
 
-        On an accelerator the check that timesteps lie in [0, unit] is left out: it would wait for the device.
+        On an accelerator the check that the schedule can contain them is left out: it would wait for the device.
         """
         t = torch.as_tensor(timestep).reshape(-1).double() / self.unit
-        if t.device.type == "cpu" and bool(((t < -_MARGIN) | (t > 1 + _MARGIN) | t.isnan()).any()):
-            raise StepError(f"timestep {timestep} lies outside [0, {self.unit:g}]")
+        least, most = min(0.0, self.keys[0]), max(1.0, self.keys[-1])
+        if t.device.type == "cpu" and bool(((t < least - _MARGIN) | (t > most + _MARGIN) | t.isnan()).any()):
+            raise StepError(f"timestep {timestep} lies outside [{least * self.unit:g}, {most * self.unit:g}]")
         keys = _tensor(self.keys, t.device)
         upper = torch.searchsorted(keys, t).clamp(max=len(self) - 1)
         lower = (upper - 1).clamp(min=0)

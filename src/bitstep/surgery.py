@@ -220,7 +220,8 @@ def operate(
     layers = {}
     for layer in plan.layers:
         quantized = build(layer, denoiser.get_submodule(layer.name))
-        quantized.requires_grad_(layer.trained)
+        if not layer.trained:
+            quantized.requires_grad_(False)
         denoiser.set_submodule(layer.name, quantized)
         layers[layer.name] = quantized
     return layers

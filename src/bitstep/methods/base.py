@@ -41,6 +41,15 @@ Errors = Callable[[Mapping[str, Sequence[LayerPlan]]], Mapping[str, Sequence[flo
 class Weights(Variant):
     """How a float weight becomes codes."""
 
+    least_bits: ClassVar[int] = 2
+
+    def trained(self) -> set[str]:
+        """The roles (fields of :class:`LearningRates`) of the parameters that its quantizers have."""
+        return {"weight", "weight_scale"}
+
+    def check(self, training: Sequence[Phase]) -> None:
+        """Raise ValueError where ``training`` leaves undone what these weights need."""
+
     @abstractmethod
     def layer_bits(self, bits: float) -> int:
         """The bits of an ordinary layer for an average of ``bits``; raises ValueError where that cannot be."""
@@ -61,6 +70,24 @@ class UniformWeights(Weights):
     symmetric: bool = True
     range: RangeMethod = "mse"
     rank: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _range_is_there(self) -> Self:
+        if self.range == "lsq" and not self.symmetric:
+            raise ValueError("the lsq range is symmetric: set symmetric to true, or range to mse or minmax")
+        return self
+
+    def trained(self) -> set[str]:
+        zero_points = set() if self.symmetric else {"weight_zero_point"}
+        return {"adapter" if self.rank else "weight", "weight_scale"} | zero_points
+
+    def check(self, training: Sequence[Phase]) -> None:
+        # an adapter takes the place of the weight: with its learning rate at 0, nothing would be trained but scales
+        if self.rank and not any(phase.learning_rates.adapter for phase in training):
+            raise ValueError(
+                "weights.rank asks for adapters, whose learning rate is 0 in every phase: "
+                "set training.0.learning_rates.adapter, or weights.rank to 0"
+            )
 
     def layer_bits(self, bits: float) -> int:
         if bits not in range(2, 9):
@@ -94,6 +121,12 @@ class Activations(Slot):
     per_step: bool = True
     signed: bool = False
     range: RangeMethod = "mse"
+
+    @model_validator(mode="after")
+    def _range_is_there(self) -> Self:
+        if self.range == "lsq" and not self.signed:
+            raise ValueError("the lsq range is symmetric: set signed to true, or range to mse or minmax")
+        return self
 
 
 class AttentionOperands(Slot):
@@ -160,9 +193,9 @@ class LearningRates(Slot):
 class Context:
     """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
 
-    ``stream(n)`` is the pool of trajectory batch number n, recorded anew in memory. ``images`` are the training images
-    that the user gave, if any. ``layers`` and ``attention`` are what is trained, by name. ``sensitivity`` is that of
-    the pool's timesteps (:mod:`bitstep.stages.sensitivity`), where an objective's emphasis asks for it.
+    ``images`` are the training images that the user gave, if any. ``layers`` and ``attention`` are what is trained, by
+    name. ``sensitivity`` is that of the pool's timesteps (:mod:`bitstep.stages.sensitivity`), where an objective's
+    emphasis asks for it.
     """
 
     teacher: nn.Module
@@ -171,7 +204,6 @@ class Context:
     structure: Structure
     cursor: StepCursor
     pool: Pool
-    stream: Callable[[int], Pool]
     folder: Path
     seed: int
     images: TrainingImages | None = None
@@ -204,9 +236,9 @@ class Context:
         weights = self.sensitivity**emphasis
         return (weights / weights.mean())[torch.searchsorted(self.pool.timesteps, timestep.cpu().double())]
 
-    def batch(self, pool: Pool, indices: Tensor) -> tuple[Call, Tensor]:
+    def batch(self, indices: Tensor) -> tuple[Call, Tensor]:
         """``pool.batch(indices)`` on the student's device; see :meth:`placed`."""
-        call, target = pool.batch(indices)
+        call, target = self.pool.batch(indices)
         return self.placed(call), target.to(next(self.student.parameters()).device)
 
     def placed(self, call: Call) -> Call:
@@ -242,6 +274,7 @@ class Objective(Variant):
     """
 
     wants_images: ClassVar[bool] = False
+    whole: ClassVar[bool] = True  # every loss runs the whole denoiser
     emphasis: NonNegativeFloat = 0.0
 
     @abstractmethod
@@ -251,6 +284,9 @@ class Objective(Variant):
 
 class Technique(Variant):
     """Something that accompanies an objective: a term added to its loss, or a schedule that acts on the layers."""
+
+    def check(self, weights: Weights, phase: Phase) -> None:
+        """Raise ValueError where the technique would do nothing, or cannot work."""
 
     @abstractmethod
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
@@ -272,8 +308,13 @@ class Phase(Slot):
     decay: Literal["linear", "cosine"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    dense_adam: bool = False
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _checkpoints_something(self) -> Self:
+        if self.gradient_checkpointing and not self.objective.whole:
+            raise ValueError("gradient_checkpointing is for whole denoisers: with single blocks it would save nothing")
+        return self
 
 
 class Method(Slot):
@@ -295,12 +336,23 @@ class Method(Slot):
     efforts: Mapping[Effort, Mapping[str, Any]] = {}
 
     @model_validator(mode="after")
-    def _adapters_learn(self) -> Self:
-        # an adapter takes the place of the weight: with its learning rate at 0, nothing would be trained but scales
-        adapters = isinstance(self.weights, UniformWeights) and self.weights.rank > 0
-        if adapters and self.training and not any(phase.learning_rates.adapter for phase in self.training):
-            raise ValueError(
-                "weights.rank asks for adapters, whose learning rate is 0 in every phase: "
-                "set training.0.learning_rates.adapter, or weights.rank to 0"
-            )
+    def _goes_together(self) -> Self:
+        """A setting that silently does nothing is worse than none."""
+        for rule in self.layers.rules:
+            if rule.weight_bits and rule.weight_bits < self.weights.least_bits:
+                raise ValueError(
+                    f"layers.rules: {rule.match!r} asks for {rule.weight_bits} bit, "
+                    f"{self.weights.kind} weights take {self.weights.least_bits} or more"
+                )
+        self.weights.check(self.training)
+        trained = self.weights.trained() | {"activation_scale", "activation_zero_point"}
+        for number, phase in enumerate(self.training):
+            for role, rate in phase.learning_rates:
+                if rate and role not in trained:
+                    raise ValueError(
+                        f"training.{number}.learning_rates.{role} has nothing to train, set it to 0: "
+                        f"{self.weights.kind} weights as set here have {', '.join(sorted(self.weights.trained()))}"
+                    )
+            for technique in phase.techniques:
+                technique.check(self.weights, phase)
         return self

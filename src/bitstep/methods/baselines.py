@@ -48,6 +48,9 @@ class AdaRoundWeights(Weights):
     kind: Literal["adaround"] = "adaround"
     range: RangeMethod = "mse"
 
+    def trained(self) -> set[str]:
+        return {"rounding"}
+
     def layer_bits(self, bits: float) -> int:
         return UniformWeights().layer_bits(bits)
 
@@ -66,6 +69,12 @@ class SoftRounding(Technique):
     weight: NonNegativeFloat = 1e-4
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
+    def check(self, weights: Weights, phase: Phase) -> None:
+        if not isinstance(weights, AdaRoundWeights):
+            raise ValueError("soft-rounding needs weights of kind adaround")
+        if phase.gradient_checkpointing:
+            raise ValueError("soft-rounding is over when gradient_checkpointing computes a block again")
+
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         quantizers = [
             q for q in (layer.weight_quantizer for layer in unit.layers.values()) if isinstance(q, AdaRoundWeight)
@@ -75,7 +84,7 @@ class SoftRounding(Technique):
             with relaxed(quantizers):
                 value = unit.loss(iteration)
             progress = (iteration / phase.iterations - self.warm_up) / (1 - self.warm_up)
-            if progress < 0 or not quantizers:
+            if progress < 0:
                 return value
             beta = 20 - 18 * progress
             penalties = [rounding_penalty(quantizer.up(), beta) for quantizer in quantizers]

@@ -10,7 +10,7 @@ the diffusion loss is replaced by distillation on the teacher's own trajectories
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from bitstep.calls import Call, run
-from bitstep.errors import BitstepError, UsageError
+from bitstep.errors import BitstepError
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import (
     Activations,
@@ -62,6 +62,7 @@ class BinaryWeights(Weights):
     Layers that get, or that a rule gives, more than one bit are uniform.
     """
 
+    least_bits: ClassVar[int] = 1
     kind: Literal["binary"] = "binary"
     evolvable: bool = False
     allocation: Literal["resolution", "measured"] = "resolution"
@@ -71,6 +72,11 @@ class BinaryWeights(Weights):
         if self.evolvable and self.allocation == "measured":
             raise ValueError("evolvable bases are everywhere: there is nothing to allocate")
         return self
+
+    def check(self, training: Sequence[Phase]) -> None:
+        kinds = {technique.kind for phase in training for technique in phase.techniques}
+        if self.evolvable and "evolvable-basis" not in kinds:
+            raise ValueError("weights.evolvable gives second bases that only the technique evolvable-basis takes away")
 
     def layer_bits(self, bits: float) -> int:
         most = 1 if self.evolvable else 2
@@ -133,18 +139,20 @@ class Mimicking(Technique):
     weight: NonNegativeFloat = 1e-4
     rank: Share = 0.25
 
+    def check(self, weights: Weights, phase: Phase) -> None:
+        if not phase.objective.whole:
+            raise ValueError(f"mimicking needs an objective that runs the whole denoiser, not {phase.objective.kind}")
+
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         names = [block.name for block in blocks(context.teacher, context.structure) if len(block.layers) > 1]
         bases = {
             name: principal_basis(gram, max(1, round(self.rank * len(gram))))
-            for name, gram in feature_grams(context, names).items()
+            for name, gram in feature_grams(context, names, phase.batch_size).items()
         }
 
         def loss(iteration: int) -> Tensor:
             with _features(context.student, names) as student, _arguments(context.student) as calls:
                 value = unit.loss(iteration)
-            if not calls:
-                raise UsageError("mimicking needs an objective that runs the whole denoiser")
             args, kwargs = calls[-1]
             with torch.no_grad(), _features(context.teacher, names) as teacher:
                 context.teacher(*args, **kwargs)
@@ -183,7 +191,11 @@ class EvolvableBasis(Technique):
 
     kind: Literal["evolvable-basis"] = "evolvable-basis"
     penalty: NonNegativeFloat = 9e-2
-    share: Share = 0.5
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def check(self, weights: Weights, phase: Phase) -> None:
+        if not (isinstance(weights, BinaryWeights) and weights.evolvable):
+            raise ValueError("evolvable-basis takes away second bases, which only weights.evolvable=true gives")
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         quantizers = [
@@ -214,12 +226,14 @@ def outward(layers: Mapping[str, FakeQuantized], structure: Structure) -> list[F
 
 
 @torch.no_grad()
-def feature_grams(context: Context, names: list[str]) -> dict[str, Tensor]:
+def feature_grams(context: Context, names: list[str], batch_size: int) -> dict[str, Tensor]:
     """F^T F ``[c, c]``, float64, of the teacher's output at each named block, summed over positions, samples and all
     timesteps of the recorded trajectories: one batch of features is in memory at a time."""
     grams: dict[str, Tensor] = {}
-    for step in range(len(context.pool.timesteps)):
-        call, _ = context.batch(context.pool, context.pool.indices_at(step)[:FEATURE_IMAGES])
+    steps = range(len(context.pool.timesteps))
+    indices = torch.cat([context.pool.indices_at(step)[:FEATURE_IMAGES] for step in steps])
+    for chosen in indices.split(batch_size):
+        call, _ = context.batch(chosen)
         with _features(context.teacher, names) as features:
             run(context.teacher, call)
         for name, feature in features.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -35,6 +35,7 @@ class BlockwiseDistillation(Objective):
     forward pass is fitted to the first.
     """
 
+    whole: ClassVar[bool] = False
     kind: Literal["blockwise"] = "blockwise"
     samples: PositiveInt = 5120
 
@@ -74,7 +75,7 @@ def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> _R
     """The student's calls of the block ``name``, beside what the teacher's block returns."""
 
     def calls(chosen: Tensor) -> Call:
-        call, _ = context.batch(context.pool, chosen)
+        call, _ = context.batch(chosen)
         args, kwargs = _inputs(context.student, name, call)
         output = _output(context.teacher, name, call)
         return Call({"timestep": call.timestep, "args": args, "kwargs": kwargs, "output": output})

@@ -83,7 +83,8 @@ class _FakeQuantize(torch.autograd.Function):
             return *rows.gradients(grad, x, scale, zero_point, ctx.top), None
         # In range |u - v| <= 1/2; clipped, u is the bound that the gradient equations name. Masks are floats made by
         # arithmetic: boolean masks, where and clamping to tensors take several times as long on a CPU.
-        v = x * scale.reciprocal()
+        # (v is bounded where it is far out of range anyway: of a scale near 0 it would be too large to subtract from)
+        v = (x * scale.reciprocal()).clamp_(-2 * ctx.top - 2, 2 * ctx.top + 2)
         u = _level(v, zero_point, ctx.top)
         residual = u - v
         clipped = residual.abs().sub_(0.5).ceil_().clamp_(0, 1)

@@ -54,12 +54,11 @@ def stream(
     images: int,
     batch_size: int,
     bf16: bool = False,
-    first_batch: int = 0,
     **sampling: Unpack[Sampling],
 ) -> Iterator[Pool]:
-    """The shards of :func:`record` from batch number ``first_batch`` on, each a pool in memory, made when asked for."""
+    """The shards of :func:`record`, each a pool in memory, made when asked for."""
     batched: tuple[str, ...] | None = None
-    for numbers in batches(images, batch_size)[first_batch:]:
+    for numbers in batches(images, batch_size):
         shard = _trajectory(source, numbers, bf16, sampling, batched)
         batched = shard.batched
         yield Pool([shard], _train_timesteps(source))

@@ -88,7 +88,7 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
 
 
 def optimizers(modules: Mapping[str, nn.Module], phase: Phase) -> tuple[Optimizer, ...]:
-    """AdamW for weights and scales, row-sparse Adam for per-timestep tables (unless ``phase.dense_adam``)."""
+    """AdamW for weights and scales, row-sparse Adam for per-timestep tables."""
     dense: list[dict[str, Any]] = []
     tables: dict[tuple[str, int], list[nn.Parameter]] = {}
     for module in modules.values():
@@ -96,7 +96,7 @@ def optimizers(modules: Mapping[str, nn.Module], phase: Phase) -> tuple[Optimize
             rate = getattr(phase.learning_rates, role)
             if not rate or not parameters:
                 continue
-            if role in TABLES and not phase.dense_adam:
+            if role in TABLES:
                 tables.setdefault((role, len(parameters[0])), []).extend(parameters)
                 continue
             relative = role in ("adapter", "weight")

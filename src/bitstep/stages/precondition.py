@@ -43,6 +43,7 @@ def precondition(
     pool: Pool,
     *,
     images: int,
+    batch_size: int,
     averaged: float | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **sampling: Unpack[Sampling],
@@ -59,10 +60,13 @@ def precondition(
     tables = Preconditioning(cursor).to(device)
     found = []
     for step in range(steps):
-        call, target = pool.batch(pool.indices_at(step)[:images])
-        target, sample = shared(target, call.arguments[sample_name(denoiser)])
-        output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
-        found.append(moments(*(pool.guided(rows) for rows in (output, sample, target))))
+        products = torch.zeros(3, 3, dtype=torch.float64)
+        for indices in pool.indices_at(step)[:images].split(batch_size):
+            call, target = pool.batch(indices)
+            target, sample = shared(target, call.arguments[sample_name(denoiser)])
+            output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
+            products += moments(*(pool.guided(rows) for rows in (output, sample, target)))
+        found.append(products)
         progress(step + 1, total)
     tables.attach(denoiser)
 

@@ -22,7 +22,7 @@ from bitstep.stages.rewrite import fold, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.steps import StepCursor, StepGrid
 from bitstep.structure import Structure, trace
-from bitstep.surgery import AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
+from bitstep.surgery import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def prepare(
     decided = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
     names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
     sites = [site.name for site in decided.attention]
-    images = method.calibration.range_images
-    observed = observe(teacher, pool, names, attention=sites, images=images, progress=progress) if names else {}
+    observed = {}
+    if names or sites:
+        amount = {"images": method.calibration.range_images, "batch_size": method.calibration.batch_size}
+        observed = observe(teacher, pool, names, attention=sites, progress=progress, **amount)
     stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
@@ -86,7 +88,7 @@ def prepare(
 def _decide(
     teacher: nn.Module, structure: Structure, method: Method, weight_bits: float, activation_bits: int, errors: Errors
 ) -> Plan:
-    """What becomes of every layer, and of attention where there are layers with quantized activations."""
+    """What becomes of every layer, and of attention."""
     decided = plan(
         teacher,
         structure,
@@ -97,7 +99,7 @@ def _decide(
         rules=method.layers.rules,
     )
     decided = method.weights.refine(decided, structure, weight_bits, errors)
-    if not method.attention.quantized or all(layer.activation_bits is None for layer in decided.layers):
+    if not method.attention.quantized or activation_bits == WEIGHT_ONLY_BITS:
         return decided
     return add_attention(
         decided,
@@ -149,7 +151,8 @@ class _Builder:
                 weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
                 reciprocal = None if plan.name in self.folded else 1 / stretch
             input_quantizer = self._quantizer(seen, plan.activation_bits, plan.per_step)
-        weights = self.method.weights if plan.trained else UniformWeights()
+        # what is not trained needs no adapters, and no rounding to be learned
+        weights = self.method.weights if plan.trained or plan.weight_bits == 1 else UniformWeights()
         quantized = FakeQuantized(module, weights.build(weight, plan), input_quantizer, reciprocal)
         return quantized.to(module.weight.device)
 

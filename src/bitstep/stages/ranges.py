@@ -57,27 +57,31 @@ def observe(
     *,
     attention: Iterable[str] = (),
     images: int,
+    batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Observed]:
     """Inputs of the named layers at every key timestep, and under ``MODULE.OPERAND`` the operands of the attention that
     the modules ``attention`` compute; of what runs several times in a forward pass, the first.
 
-    The denoiser runs once per timestep, on the recorded calls of ``images`` trajectories.
+    The denoiser runs on the recorded calls of ``images`` trajectories, ``batch_size`` of them at a time.
     """
     steps, device = len(pool.timesteps), next(denoiser.parameters()).device
     observed: dict[str, list[Observed]] = {}
+    parts: dict[str, list[Observed]] = {}  # of one timestep
+    met: set[str] = set()  # in one forward pass
     row = 0
 
     def keep(name: str, x: Tensor) -> None:
         """``x``: ``[channels, n]``."""
-        rows = observed.setdefault(name, [])
-        if len(rows) > row:
+        if name in met:
             return
-        places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=generator(0, name, row))
+        met.add(name)
+        seen = parts.setdefault(name, [])
+        places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=generator(0, name, row + len(seen) * steps))
         channels = places // x.shape[1]
         values = x[channels.to(x.device), (places % x.shape[1]).to(x.device)]
         low, high = x.aminmax(dim=1)
-        rows.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
+        seen.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
 
     def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         keep(name, args[0].float().movedim(channel_axis(layer), 0).flatten(1))
@@ -93,13 +97,28 @@ def observe(
         handles.extend(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
     try:
         for row in range(steps):
-            call, _ = pool.batch(pool.indices_at(row)[:images])
-            run(denoiser, call.to(device))
+            for indices in pool.indices_at(row)[:images].split(batch_size):
+                met.clear()
+                call, _ = pool.batch(indices)
+                run(denoiser, call.to(device))
+            for name, seen in parts.items():
+                observed.setdefault(name, []).append(_together(seen))
+            parts.clear()
             progress(row + 1, steps)
     finally:
         for handle in handles:
             handle.remove()
     return {name: _stacked(rows) for name, rows in observed.items()}
+
+
+def _together(parts: list[Observed]) -> Observed:
+    """What was observed of one timestep batch by batch, with an equal share of the values of each."""
+    share = -(-VALUES_PER_STEP // len(parts))
+    values, channels = (
+        torch.cat([getattr(part, name)[:share] for part in parts])[:VALUES_PER_STEP] for name in ("values", "channels")
+    )
+    low, high = (torch.stack([getattr(part, name) for part in parts]) for name in ("low", "high"))
+    return Observed(values, channels, low.amin(0), high.amax(0))
 
 
 def _stacked(rows: list[Observed]) -> Observed:

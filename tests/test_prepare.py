@@ -1,0 +1,105 @@
+"""Students: what they compute is what is packed, on any schedule, however few trajectories fit in memory at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+from pipelines import build
+
+from bitstep.calls import run
+from bitstep.checkpoint import pack_model
+from bitstep.pool import Pool
+from bitstep.recipe import resolve
+from bitstep.runtime.dispatch import set_backend
+from bitstep.stages.calibrate import stream
+from bitstep.stages.generate import denoiser_name
+from bitstep.stages.load import Source
+from bitstep.stages.pack import packed_attention, packed_layers
+from bitstep.stages.prepare import Student, prepare
+from bitstep.stages.ranges import VALUES_PER_STEP, observe
+
+
+def source(name: str) -> Source:
+    pipeline = build(name)
+    pipeline.set_progress_bar_config(disable=True)
+    found = Source(name, pipeline, denoiser_name(pipeline))
+    found.denoiser.requires_grad_(False).eval()
+    return found
+
+
+def prepared(teacher: Source, recipe: str, bits: str, *overrides: str) -> tuple[Student, Pool]:
+    pool = next(stream(teacher, images=2, batch_size=2, steps=3, seed=0))
+    resolved = resolve(recipe, bits, "quick", overrides)
+    widths: Any = {"weight_bits": resolved.weight_bits, "activation_bits": resolved.activation_bits}
+    return prepare(teacher.denoiser, pool, resolved.method, **widths), pool
+
+
+def packed_error(student: Student, pool: Pool) -> float:
+    """Relative error of the packed model, on the reference kernel, against the student, on all recorded calls."""
+    call, _ = pool.batch(torch.arange(len(pool)))
+    with torch.no_grad():
+        expected = run(student.denoiser, call)
+        packed = pack_model(
+            student.denoiser,
+            packed_layers(student.layers, student.plan),
+            grid=student.cursor.grid,
+            modules_to_not_convert=student.plan.left_alone,
+            total_macs=student.plan.total_macs,
+            recipe={},
+            attention=packed_attention(student.attention, student.plan),
+        )
+        set_backend(packed, "reference")
+        return float((run(packed, call) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "rule"),
+    [
+        ("binarydm", "W1.3A32", "{match: conv_in, weight_bits: 1}"),  # elsewhere it has 8 bits, and is not trained
+        ("binarydm", "W1.3A32", "{match: conv_in, weight_bits: 3}"),
+        ("adaround", "W4A32", "{match: mid_block.*, weight_bits: 2}"),
+        ("dilatequant", "W4A32", "{match: mid_block.*, activation_bits: 8}"),
+        ("dilatequant", "W4A8", "{match: '*', activation_bits: 32}"),
+    ],
+)
+def test_packed_equals_the_student_under_rules(recipe: str, bits: str, rule: str) -> None:
+    student, pool = prepared(source("ddim"), recipe, bits, f"layers.rules=[{rule}]")
+    assert packed_error(student, pool) == 0
+
+
+def test_attention_in_floating_point_stays_so_whatever_rules_say_of_layers() -> None:
+    rule = "layers.rules=[{match: mid_block.*, activation_bits: 8}]"
+    assert not prepared(source("ddim"), "dilatequant", "W4A32", rule)[0].plan.attention
+    assert prepared(source("ddim"), "dilatequant", "W4A4", rule)[0].plan.attention[0].bits == 4
+
+
+def test_where_rounding_is_learned_weights_are_not() -> None:
+    student, _ = prepared(source("ddim"), "adaround", "W4A4")
+    layer = student.layers["mid_block.resnets.0.conv1"]
+    assert {name for name, p in layer.weight_quantizer.named_parameters() if p.requires_grad} == {"rounding"}
+
+
+def test_timesteps_may_be_any_numbers() -> None:
+    teacher = source("stable_diffusion")
+    teacher.pipeline.scheduler = EDMEulerScheduler(num_train_timesteps=1000)  # logarithms of noise levels
+    student, pool = prepared(teacher, "efficientdm", "W4A4")
+    assert pool.timesteps[0] < -1
+    assert student.cursor.grid.unit == 1
+    assert packed_error(student, pool) == 0
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion"])
+def test_ranges_do_not_depend_on_how_many_trajectories_run_at_a_time(name: str) -> None:
+    teacher = source(name)
+    pool = next(stream(teacher, images=3, batch_size=3, steps=2, seed=0))
+    layers = [n for n, m in teacher.denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][1:]
+    together, apart = (observe(teacher.denoiser, pool, layers, images=3, batch_size=size) for size in (3, 2))
+    for layer, whole in together.items():
+        assert whole.values.shape == apart[layer].values.shape == (len(pool.timesteps), VALUES_PER_STEP)
+        torch.testing.assert_close(apart[layer].low, whole.low, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(apart[layer].high, whole.high, rtol=1e-4, atol=1e-4)
+        assert bool((apart[layer].values >= apart[layer].low.amin(1, keepdim=True)).all())
+        assert float(apart[layer].values.std()) == pytest.approx(float(whole.values.std()), rel=0.2)
