@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from bitstep.steps import StepGrid
+    from bitstep.surgery import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 DOCUMENT = ROOT / "docs/performance.md"
@@ -110,8 +112,14 @@ class Denoiser(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        labels = {"class_labels": torch.zeros_like(t)} if "DiT" in type(self.model).__name__ else {}
-        return self.model(x, timestep=t, **labels, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.model(**arguments(self.model, x, t))[0]  # type: ignore[no-any-return]
+
+
+def arguments(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Any]:
+    """What such a model is called with, by name."""
+    if "DiT" in type(model).__name__:
+        return {"hidden_states": x, "timestep": t, "class_labels": torch.zeros_like(t), "return_dict": False}
+    return {"sample": x, "timestep": t, "return_dict": False}
 
 
 def example(name: str, batch: int) -> tuple[Tensor, Tensor]:
@@ -127,47 +135,63 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
     return lambda x, t: model(x.to(dtype), t).float()
 
 
-def packed(model: nn.Module, weight_bits: int, activation_bits: int, grid: StepGrid | None = None) -> nn.Module:
-    """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
-    from bitstep.checkpoint import PackedLayer, pack_model
-    from bitstep.numerics.packing import QuantizedWeight
-    from bitstep.numerics.uniform import quantize, search_range
+def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int) -> Plan:
+    """The bits that ``bitstep quantize`` gives every layer; a pass with ``inputs`` shows which layer is which."""
+    from bitstep import surgery
+    from bitstep.calls import Call
+    from bitstep.structure import trace
 
-    steps = 1 if grid is None else len(grid)
-    named = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    ends = (next(iter(named)), next(reversed(named)))
-    layers = {}
-    for n, layer in named.items():
-        # as `bitstep quantize` decides: both ends read floating point, the time embedding 8 bits
-        outer = n in ends or "time_" in n
-        bits = 8 if outer else weight_bits
-        code_bits = None if n in ends else 8 if outer else activation_bits
-        weight = layer.weight.detach().flatten(1)
-        zero_point: Tensor | None = None
-        if bits == 1:
-            codes, scale = (weight >= 0).to(torch.uint8), weight.abs().mean(1)
-        else:
-            scale, zero_point = search_range(weight, bits, symmetric=True, method="minmax")
-            codes = quantize(weight, scale[:, None], zero_point[:, None], bits)
-            zero_point = zero_point.to(torch.uint8)
-        layers[n] = PackedLayer(
-            weight=QuantizedWeight(
-                codes.to(torch.uint8)[None], scale[None], zero_point, bits, tuple(layer.weight.shape)
-            ),
-            bias=layer.bias,
-            input_scale=None if code_bits is None else torch.full((steps,), 8 / 2**code_bits),
-            input_zero_point=None if code_bits is None else torch.full((steps,), 2.0 ** (code_bits - 1)),
-            activation_bits=code_bits,
-            channel_reciprocal=None,
-            macs=1,
-        )
-    return pack_model(  # type: ignore[no-any-return]
-        model, layers, grid=grid, modules_to_not_convert={}, total_macs=len(layers), recipe={"name": "random"}
+    return surgery.plan(
+        model,
+        trace(model, Call(inputs)),
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        per_step=True,
+        coverage="full",
     )
 
 
+def packed(model: nn.Module, plan: Plan, grid: StepGrid | None = None) -> nn.Module:
+    """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
+    from bitstep.checkpoint import PackedLayer, pack_model
+    from bitstep.methods.base import UniformWeights
+    from bitstep.methods.binarydm import BinaryWeights
+
+    steps = 1 if grid is None else len(grid)
+    layers = {}
+    for layer in plan.layers:
+        module: Any = model.get_submodule(layer.name)
+        weights = BinaryWeights() if layer.weight_bits == 1 else UniformWeights(range="minmax")
+        bits = layer.activation_bits
+        layers[layer.name] = PackedLayer(
+            weight=weights.build(module.weight, layer).codes(),
+            bias=module.bias,
+            input_scale=None if bits is None else torch.full((steps,), 8 / 2**bits),
+            input_zero_point=None if bits is None else torch.full((steps,), 2.0 ** (bits - 1)),
+            activation_bits=bits,
+            channel_reciprocal=None,
+            macs=layer.macs,
+        )
+    return pack_model(  # type: ignore[no-any-return]
+        model,
+        layers,
+        grid=grid,
+        modules_to_not_convert=plan.left_alone,
+        total_macs=plan.total_macs,
+        recipe={"name": "random"},
+    )
+
+
+def planned(name: str, weight_bits: int, activation_bits: int) -> Plan:
+    """:func:`plan_of` one of the models above."""
+    model = build(name)
+    return plan_of(model, arguments(model, *example(name, 1)), weight_bits, activation_bits)
+
+
 def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Denoise:
-    return Denoiser(packed(build(name), weight_bits, activation_bits))
+    with get_context("spawn").Pool(1) as other:  # running a model in floating point leaves megabytes behind
+        plan = other.apply(planned, (name, weight_bits, activation_bits))
+    return Denoiser(packed(build(name), plan))
 
 
 def peer(name: str, batch: int, runtime: str) -> Denoise:
@@ -195,7 +219,7 @@ EVERYWHERE = [  # imported before anything is measured
     "diffusers.schedulers.scheduling_ddim",
 ]
 IMPORTS = {  # by the first word of the runtime's name
-    "bitstep": ["bitstep.checkpoint", "bitstep.numerics.uniform"],
+    "bitstep": ["bitstep.checkpoint", "bitstep.methods"],
     "OpenVINO": ["openvino", "nncf"],
     "ONNX": ["onnxruntime.quantization"],
     "torchao": ["torchao.quantization"],
@@ -336,7 +360,7 @@ def compare_first_images(rounds: int) -> list[dict[str, Any]]:
     measured: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
     with tempfile.TemporaryDirectory() as folder:
         for width, bits in WIDTHS.items():
-            DDIMPipeline(packed(build("A"), *bits), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
+            DDIMPipeline(packed(build("A"), planned("A", *bits)), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
         for _ in range(rounds):
             for width, runs in measured.items():
                 command = [sys.executable, __file__, "--first-image", f"{folder}/{width}", str(time.time())]

@@ -358,15 +358,17 @@ def example(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def pack(name: str, width: str, folder: Path) -> None:
     """Write ``folder``/unet: the demo's denoiser calibrated, the other's random weights rounded; 50 key steps each."""
-    from cpu import packed
+    from cpu import packed, plan_of
 
     if name == "fruits32":
         what = ["demo:fruits32", "--recipe", "minmax", "--bits", width, "--effort", "quick", "--out", str(folder)]
         subprocess.run([sys.executable, "-m", "bitstep", "quantize", *what], check=True, capture_output=True)
     else:
         grid = StepGrid(tuple((step + 0.5) / 50 for step in range(50)), 1000.0)
-        model: Any = packed(build(name, torch.float32), *WIDTHS[width], grid)
-        model.save_pretrained(folder / "unet")
+        model = build(name, torch.float32)
+        plan = plan_of(model, example(name, 1, torch.float32), *WIDTHS[width])
+        rounded: Any = packed(model, plan, grid)
+        rounded.save_pretrained(folder / "unet")
 
 
 def plain(name: str, batch: int, dtype: torch.dtype) -> Variant:
