@@ -19,8 +19,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
-import re
 import select
 import statistics
 import subprocess
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from host import memory_mb, processor
 from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
 
@@ -248,9 +247,7 @@ def step_of(runtime: str, name: str, batch: int, pipeline: bool) -> Callable[[],
 def resident_mb() -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert resident is not None
-    return int(resident[1]) / 1024
+    return memory_mb("VmRSS")
 
 
 def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
@@ -413,10 +410,9 @@ def summary(results: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", info)
     flags = [flag for flag in ("avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "avx_vnni") if flag in info]
     return {
-        "cpu": model[1] if model else platform.processor(),
+        "cpu": processor(),
         "flags": " ".join(flags) or "no AVX512",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
