@@ -7,7 +7,8 @@ takes from ``from_pretrained`` to its first image.
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
-the medians over all rounds are kept. Weights are random: only the shapes matter. Nothing else should be running.
+the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
+``bitstep quantize`` gives it; the operands of attention are not quantized. Nothing else should be running.
 The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them
 and bitstep's own dependencies.
 """

@@ -7,7 +7,8 @@
 
 Programs are compiled in many processes before anything is timed. Single layers are timed by the device's clock, with
 all calls waiting in its queue, so that what it takes to start them from Python does not count; their operands stay in
-the second-level cache where they fit. Models are timed by the wall clock, one after another, round after round.
+the second-level cache where they fit. Models are timed by the wall clock, one after another, round after round; every
+layer of theirs has the bits that ``bitstep quantize`` gives it.
 """
 
 # not cuda.py: torch itself looks for a module of that name, and this folder is where Python looks first
