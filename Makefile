@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a fresh machine with Python 3.11, make and a C compiler is enough.
+# Every target sets up what it needs: a fresh machine with Python 3.11, make and a C++ compiler is enough.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

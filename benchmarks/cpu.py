@@ -7,7 +7,8 @@ takes from ``from_pretrained`` to its first image.
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
-the medians over all rounds are kept. Weights are random: only the shapes matter. Nothing else should be running.
+the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
+``bitstep quantize`` gives it; the operands of attention are not quantized. Nothing else should be running.
 The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them
 and bitstep's own dependencies.
 """
@@ -19,8 +20,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
-import re
 import select
 import statistics
 import subprocess
@@ -30,15 +29,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from host import memory_mb, processor
 from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from bitstep.steps import StepGrid
+    from bitstep.surgery import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 DOCUMENT = ROOT / "docs/performance.md"
@@ -110,8 +112,14 @@ class Denoiser(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        labels = {"class_labels": torch.zeros_like(t)} if "DiT" in type(self.model).__name__ else {}
-        return self.model(x, timestep=t, **labels, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.model(**arguments(self.model, x, t))[0]  # type: ignore[no-any-return]
+
+
+def arguments(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Any]:
+    """What such a model is called with, by name."""
+    if "DiT" in type(model).__name__:
+        return {"hidden_states": x, "timestep": t, "class_labels": torch.zeros_like(t), "return_dict": False}
+    return {"sample": x, "timestep": t, "return_dict": False}
 
 
 def example(name: str, batch: int) -> tuple[Tensor, Tensor]:
@@ -127,47 +135,63 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
     return lambda x, t: model(x.to(dtype), t).float()
 
 
-def packed(model: nn.Module, weight_bits: int, activation_bits: int, grid: StepGrid | None = None) -> nn.Module:
-    """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
-    from bitstep.checkpoint import PackedLayer, pack_model
-    from bitstep.numerics.packing import QuantizedWeight
-    from bitstep.numerics.uniform import quantize, search_range
+def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int) -> Plan:
+    """The bits that ``bitstep quantize`` gives every layer; a pass with ``inputs`` shows which layer is which."""
+    from bitstep import surgery
+    from bitstep.calls import Call
+    from bitstep.structure import trace
 
-    steps = 1 if grid is None else len(grid)
-    named = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    ends = (next(iter(named)), next(reversed(named)))
-    layers = {}
-    for n, layer in named.items():
-        # as `bitstep quantize` decides: both ends read floating point, the time embedding 8 bits
-        outer = n in ends or "time_" in n
-        bits = 8 if outer else weight_bits
-        code_bits = None if n in ends else 8 if outer else activation_bits
-        weight = layer.weight.detach().flatten(1)
-        zero_point: Tensor | None = None
-        if bits == 1:
-            codes, scale = (weight >= 0).to(torch.uint8), weight.abs().mean(1)
-        else:
-            scale, zero_point = search_range(weight, bits, symmetric=True, method="minmax")
-            codes = quantize(weight, scale[:, None], zero_point[:, None], bits)
-            zero_point = zero_point.to(torch.uint8)
-        layers[n] = PackedLayer(
-            weight=QuantizedWeight(
-                codes.to(torch.uint8)[None], scale[None], zero_point, bits, tuple(layer.weight.shape)
-            ),
-            bias=layer.bias,
-            input_scale=None if code_bits is None else torch.full((steps,), 8 / 2**code_bits),
-            input_zero_point=None if code_bits is None else torch.full((steps,), 2.0 ** (code_bits - 1)),
-            activation_bits=code_bits,
-            channel_reciprocal=None,
-            macs=1,
-        )
-    return pack_model(  # type: ignore[no-any-return]
-        model, layers, grid=grid, modules_to_not_convert={}, total_macs=len(layers), recipe={"name": "random"}
+    return surgery.plan(
+        model,
+        trace(model, Call(inputs)),
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        per_step=True,
+        coverage="full",
     )
 
 
+def packed(model: nn.Module, plan: Plan, grid: StepGrid | None = None) -> nn.Module:
+    """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
+    from bitstep.checkpoint import PackedLayer, pack_model
+    from bitstep.methods.base import UniformWeights
+    from bitstep.methods.binarydm import BinaryWeights
+
+    steps = 1 if grid is None else len(grid)
+    layers = {}
+    for layer in plan.layers:
+        module: Any = model.get_submodule(layer.name)
+        weights = BinaryWeights() if layer.weight_bits == 1 else UniformWeights(range="minmax")
+        bits = layer.activation_bits
+        layers[layer.name] = PackedLayer(
+            weight=weights.build(module.weight, layer).codes(),
+            bias=module.bias,
+            input_scale=None if bits is None else torch.full((steps,), 8 / 2**bits),
+            input_zero_point=None if bits is None else torch.full((steps,), 2.0 ** (bits - 1)),
+            activation_bits=bits,
+            channel_reciprocal=None,
+            macs=layer.macs,
+        )
+    return pack_model(  # type: ignore[no-any-return]
+        model,
+        layers,
+        grid=grid,
+        modules_to_not_convert=plan.left_alone,
+        total_macs=plan.total_macs,
+        recipe={"name": "random"},
+    )
+
+
+def planned(name: str, weight_bits: int, activation_bits: int) -> Plan:
+    """:func:`plan_of` one of the models above."""
+    model = build(name)
+    return plan_of(model, arguments(model, *example(name, 1)), weight_bits, activation_bits)
+
+
 def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Denoise:
-    return Denoiser(packed(build(name), weight_bits, activation_bits))
+    with get_context("spawn").Pool(1) as other:  # running a model in floating point leaves megabytes behind
+        plan = other.apply(planned, (name, weight_bits, activation_bits))
+    return Denoiser(packed(build(name), plan))
 
 
 def peer(name: str, batch: int, runtime: str) -> Denoise:
@@ -195,7 +219,7 @@ EVERYWHERE = [  # imported before anything is measured
     "diffusers.schedulers.scheduling_ddim",
 ]
 IMPORTS = {  # by the first word of the runtime's name
-    "bitstep": ["bitstep.checkpoint", "bitstep.numerics.uniform"],
+    "bitstep": ["bitstep.checkpoint", "bitstep.methods"],
     "OpenVINO": ["openvino", "nncf"],
     "ONNX": ["onnxruntime.quantization"],
     "torchao": ["torchao.quantization"],
@@ -224,9 +248,7 @@ def step_of(runtime: str, name: str, batch: int, pipeline: bool) -> Callable[[],
 def resident_mb() -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert resident is not None
-    return int(resident[1]) / 1024
+    return memory_mb("VmRSS")
 
 
 def work(runtime: str, name: str, batch: int, pipeline: bool) -> None:
@@ -336,7 +358,7 @@ def compare_first_images(rounds: int) -> list[dict[str, Any]]:
     measured: dict[str, list[dict[str, float]]] = {width: [] for width in WIDTHS}
     with tempfile.TemporaryDirectory() as folder:
         for width, bits in WIDTHS.items():
-            DDIMPipeline(packed(build("A"), *bits), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
+            DDIMPipeline(packed(build("A"), planned("A", *bits)), DDIMScheduler()).save_pretrained(f"{folder}/{width}")
         for _ in range(rounds):
             for width, runs in measured.items():
                 command = [sys.executable, __file__, "--first-image", f"{folder}/{width}", str(time.time())]
@@ -389,10 +411,9 @@ def summary(results: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", info)
     flags = [flag for flag in ("avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "avx_vnni") if flag in info]
     return {
-        "cpu": model[1] if model else platform.processor(),
+        "cpu": processor(),
         "flags": " ".join(flags) or "no AVX512",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -7,7 +7,8 @@
 
 Programs are compiled in many processes before anything is timed. Single layers are timed by the device's clock, with
 all calls waiting in its queue, so that what it takes to start them from Python does not count; their operands stay in
-the second-level cache where they fit. Models are timed by the wall clock, one after another, round after round.
+the second-level cache where they fit. Models are timed by the wall clock, one after another, round after round; every
+layer of theirs has the bits that ``bitstep quantize`` gives it.
 """
 
 # not cuda.py: torch itself looks for a module of that name, and this folder is where Python looks first
@@ -358,15 +359,17 @@ def example(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def pack(name: str, width: str, folder: Path) -> None:
     """Write ``folder``/unet: the demo's denoiser calibrated, the other's random weights rounded; 50 key steps each."""
-    from cpu import packed
+    from cpu import packed, plan_of
 
     if name == "fruits32":
         what = ["demo:fruits32", "--recipe", "minmax", "--bits", width, "--effort", "quick", "--out", str(folder)]
         subprocess.run([sys.executable, "-m", "bitstep", "quantize", *what], check=True, capture_output=True)
     else:
         grid = StepGrid(tuple((step + 0.5) / 50 for step in range(50)), 1000.0)
-        model: Any = packed(build(name, torch.float32), *WIDTHS[width], grid)
-        model.save_pretrained(folder / "unet")
+        model = build(name, torch.float32)
+        plan = plan_of(model, example(name, 1, torch.float32), *WIDTHS[width])
+        rounded: Any = packed(model, plan, grid)
+        rounded.save_pretrained(folder / "unet")
 
 
 def plain(name: str, batch: int, dtype: torch.dtype) -> Variant:

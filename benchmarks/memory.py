@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from host import memory_mb
 from pages import ROOT, markdown, put, write
 from torch import nn
 
@@ -72,18 +72,12 @@ def measure(objective: Objective) -> dict[str, float]:
         before, disk = _reset_peak(), 0
         for _ in finetune(context, method.training, TrainingState()):
             disk = max(disk, sum(file.stat().st_size for file in (Path(folder) / "block").glob("*")))
-        return {"memory_mb": _peak() - before, "disk_mb": disk / 1e6}
-
-
-def _peak() -> float:
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+        return {"memory_mb": memory_mb("VmHWM") - before, "disk_mb": disk / 1e6}
 
 
 def _reset_peak() -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now (Linux)
-    return _peak()
+    return memory_mb("VmHWM")
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from typing import Any
 
 import diffusers
 import torch
+from host import memory_mb, processor
 from pages import ROOT, markdown, put, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -221,16 +221,14 @@ def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
 
 def run(command: list[str]) -> dict[str, float]:
     """Wall-clock minutes and peak resident memory of ``command --overwrite``; stops the script when it fails."""
-    start, peak = time.monotonic(), 0
+    start, peak = time.monotonic(), 0.0
     process = subprocess.Popen([*command, "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        if found := re.search(r"VmHWM:\s+(\d+)", status.read_text()):  # only ever grows; gone once the process ends
-            peak = int(found[1])
+        peak = memory_mb("VmHWM", process.pid) or peak
         time.sleep(0.2)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
-    return {"minutes": (time.monotonic() - start) / 60, "peak_memory_mb": peak * 1024 / 1e6}
+    return {"minutes": (time.monotonic() - start) / 60, "peak_memory_mb": peak}
 
 
 def load_results(settings: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +246,7 @@ def load_results(settings: argparse.Namespace) -> dict[str, Any]:
         if results["settings"] != fixed:
             sys.exit(f"{settings.results} was measured with other settings: give another --results")
         return results
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"bitstep": bitstep.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     return {"settings": fixed, "machine": machine, "versions": versions, "rows": []}
 
@@ -331,12 +329,6 @@ def _number(values: Sequence[float | None], digits: int) -> str:
         return "-"
     low, mean, high = (f"{value:,.{digits}f}" for value in (min(found), fmean(found), max(found)))
     return mean if low == high else f"{mean} ({low} to {high})"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -38,24 +38,30 @@ def test_steps_are_taken_by_what_they_lower_for_their_cost() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_choice_within_the_budget_is_better_by_more_than_a_step(seed: int) -> None:
+def test_no_choice_within_the_budget_is_better_by_more_than_the_best_step_refused(seed: int) -> None:
     generator = random.Random(seed)
-    choices = {
-        name: [(float(cost), generator.random() / (1 + cost)) for cost in sorted(generator.sample(range(9), 3))]
-        for name in "abcd"
-    }
-    room = generator.uniform(0, 12)
+    choices = {}
+    for name in "abcdefg":  # whose errors differ by orders of magnitude
+        errors = sorted((10 ** generator.uniform(-2, 2) * generator.random() for _ in range(3)), reverse=True)
+        choices[name] = list(zip(map(float, sorted(generator.sample(range(9), 3))), errors, strict=True))
+    room = generator.uniform(2, 15)
 
     def cost(places: tuple[int, ...]) -> float:
-        return sum(choices[name][place][0] - choices[name][0][0] for name, place in zip(choices, places, strict=True))
+        return sum(pairs[place][0] - pairs[0][0] for pairs, place in zip(choices.values(), places, strict=True))
 
     def error(places: tuple[int, ...]) -> float:
-        return sum(choices[name][place][1] for name, place in zip(choices, places, strict=True))
+        return sum(pairs[place][1] for pairs, place in zip(choices.values(), places, strict=True))
 
     found = tuple(allocate(choices, room).values())
     assert cost(found) <= room
-    best = min(error(places) for places in itertools.product(range(3), repeat=4) if cost(places) <= room)
-    assert error(found) - best <= max(pairs[0][1] for pairs in choices.values())
+    # from where each name ended: what a further step lowers per cost, and in all
+    refused = [
+        ((pairs[place][1] - lower) / (dearer - pairs[place][0]), pairs[place][1] - lower)
+        for pairs, place in zip(choices.values(), found, strict=True)
+        for dearer, lower in pairs[place + 1 :]
+    ]
+    best = min(error(places) for places in itertools.product(range(3), repeat=len(choices)) if cost(places) <= room)
+    assert error(found) - best <= max(refused, default=(0, 0))[1]
 
 
 def recorded(name: str) -> tuple[nn.Module, Pool]:

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
 import bitstep as bitstep_package
 from bitstep import api, cli
 from bitstep.errors import BitstepError
+from bitstep.stages.benchmark import DTYPES
+from bitstep.stages.peers import PEERS
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ def test_benchmark_takes_several_precisions(
     assert outcome.code == 0
     assert list(asked["against"]) == ["fp32", "bf16"]
     assert json.loads((tmp_path / "numbers.json").read_text())["rows"][0]["median_ms"] == 1.5
+
+
+def test_the_help_of_benchmark_names_all_there_is_to_compare_with() -> None:
+    (against,) = (o for o in get_command(cli.app).commands["benchmark"].params if o.name == "against")  # type: ignore[attr-defined]
+    assert against.help.partition(", or ")[0].split(", ") == [*DTYPES, *PEERS]
 
 
 def test_demo_shows_both_recipes(

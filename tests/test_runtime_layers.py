@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from packed import GRID, filled, random_layer
+from packed import GRID, LAYERS, filled, random_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,13 +19,6 @@ from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, s
 from bitstep.runtime.layers import PackedConv2d, PackedLinear, packed_like
 from bitstep.runtime.tables import StepRows
 from bitstep.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
-
-LAYERS: dict[str, tuple[Callable[[], nn.Linear | nn.Conv1d | nn.Conv2d], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(13, 5), (6, 3, 13)),
-    "conv1d": (lambda: nn.Conv1d(6, 4, 3, stride=2, padding=2, groups=2, bias=False), (6, 6, 11)),
-    "conv2d": (lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1), (6, 5, 9, 8)),
-    "grouped and dilated": (lambda: nn.Conv2d(6, 9, (1, 3), padding=(0, 2), dilation=(1, 2), groups=3), (6, 6, 4, 5)),
-}
 
 
 def expected(layer: nn.Module, packed: PackedLayer, x: Tensor, timestep: Tensor | float) -> Tensor:

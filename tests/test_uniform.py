@@ -20,7 +20,8 @@ def test_fake_equals_dequantized_codes_bit_for_bit(bits: int) -> None:
     fake = uniform.fake_quantize(x, scale[:, None], zero_point[:, None], bits)
     codes = uniform.quantize(x, scale[:, None], zero_point[:, None], bits)
     assert int(codes.max()) < 2**bits
-    assert torch.equal(fake, uniform.dequantize(codes, scale[:, None], zero_point[:, None]))
+    weight = QuantizedWeight(codes[None], scale[None], zero_point.to(torch.uint8), bits, tuple(x.shape))
+    assert torch.equal(fake, weight.dequantize())
 
 
 def test_zero_is_exact_and_ties_round_to_even() -> None:
@@ -108,9 +109,3 @@ def test_minmax_covers_the_range_and_zero() -> None:
     assert torch.allclose(high[:3], torch.tensor([3.0, 0.0, 2.0]), atol=0.01)
     silent = uniform.fake_quantize(x[3:], scale[3:, None], zero_point[3:, None], 8)
     assert torch.equal(silent, torch.zeros(1, 2))
-
-
-def test_two_bases_add_up() -> None:
-    codes = torch.tensor([[[0, 1, 1]], [[1, 1, 0]]], dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.tensor([[0.5], [0.25]]), None, 1, (1, 3))
-    assert weight.dequantize().tolist() == [[-0.25, 0.75, 0.25]]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # as everywhere
+
 
 class RowSparseAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980) over tables ``[T]`` in which every row keeps its own step count.
@@ -17,10 +19,8 @@ class RowSparseAdam(torch.optim.Optimizer):
     their state is kept stacked, ``[tables, T]``, so that a step costs a few operations however many layers there are.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -35,13 +35,12 @@ class RowSparseAdam(torch.optim.Optimizer):
             state = self.state[tables[0]]
             if not state:
                 state.update({name: torch.zeros_like(grad) for name in ("count", "exp_avg", "exp_avg_sq")})
-            beta1, beta2 = group["betas"]
             visited = grad != 0
             count = state["count"].add_(visited)
-            mean = state["exp_avg"].copy_(torch.where(visited, grad.lerp(state["exp_avg"], beta1), state["exp_avg"]))
+            mean = state["exp_avg"].copy_(torch.where(visited, grad.lerp(state["exp_avg"], BETA1), state["exp_avg"]))
             square = state["exp_avg_sq"]
-            square.copy_(torch.where(visited, (grad * grad).lerp(square, beta2), square))
+            square.copy_(torch.where(visited, (grad * grad).lerp(square, BETA2), square))
             count = count.clamp(min=1)
-            denominator = (square / (1 - beta2**count)).sqrt_().add_(group["eps"])
-            update = visited * mean / (1 - beta1**count) / denominator
+            denominator = (square / (1 - BETA2**count)).sqrt_().add_(EPSILON)
+            update = visited * mean / (1 - BETA1**count) / denominator
             torch._foreach_sub_(tables, list((group["lr"] * update).unbind()))

@@ -1,13 +1,13 @@
-"""Output preconditioning: what a quantized denoiser says, weighed against the noisy sample that it was asked about.
+"""Output preconditioning: a quantized denoiser's output, corrected with the noisy sample that it was given.
 
     y[t] = c_out[t] * f_q(x_t, t) + c_skip[t] * x_t
 
-At high noise a denoiser returns nearly the sample it was given, and the picture lies in the small difference, which the
-rounding of everything on the way drowns: at the first steps of the bundled model a W4A4 network errs by as much as that
-difference. But the sample itself is at hand without rounding errors. Where c_out falls below 1, that much less of them
-is left. The two numbers per timestep are fitted to the full-precision output in closed form; what they cost is one
-multiply-add per value. Karras et al. (EDM, arXiv 2206.00364) train with this form; here it is fitted to a model that
-was trained without it, whatever it predicts (noise, sample, velocity).
+At high noise a denoiser returns nearly the sample it was given. The picture lies in the small difference, which
+rounding hides: at the first steps of the bundled model a W4A4 network errs by as much as that difference. But the
+sample itself is at hand, without rounding errors. Where c_out falls below 1, so much less of the network's errors is
+left, and c_skip puts back what is lost of the sample. The two numbers per timestep are fitted to the full-precision
+output in closed form; what they cost is one multiply-add per value. Karras et al. (EDM, arXiv 2206.00364) train with
+this form; here it is fitted to a model that was trained without it, whatever it predicts (noise, sample, velocity).
 """
 
 from __future__ import annotations
@@ -78,13 +78,16 @@ def moments(output: Tensor, sample: Tensor, target: Tensor) -> Tensor:
 def fit(moments: Tensor, averaged: float) -> tuple[float, float]:
     """``(c_out, c_skip)`` that bring ``c_out * output + c_skip * sample`` to ``target``.
 
-    Of all three only what the sample does not say matters for c_out, q and y. Least squares, w = <q, y> / <q, q>, see
-    one step: what they lose of the picture, all but the share r = <q, y>^2 / <q, q><y, y>, is as bad to them as noise.
-    But it is lost at every step in the same direction, while noise is another at every step and averages out. With
-    ``averaged`` steps K taken together, noise counts for 1 / K, and
+    c_out follows from q and y, the parts of output and target that are orthogonal to the sample. Least squares would
+    take w = <q, y> / <q, q>, which is right for a single step: of the picture it keeps the share
+    r = <q, y>^2 / <q, q><y, y> and counts what is lost like noise. But over the steps the losses add up, while noise
+    differs from step to step and averages out. Over ``averaged`` steps K noise counts for 1 / K only, and
 
         c_out = w / (r + (1 - r) / K)
+
+    c_skip is the least-squares weight of the sample, given c_out.
     """
+    # project output and target onto the complement of the sample
     beside_sample = moments - moments[:, 1:2] * moments[1:2] / moments[1, 1].clamp(min=_TINY)
     of_output, of_target = beside_sample[0, 0].clamp(min=_TINY), beside_sample[2, 2].clamp(min=_TINY)
     both = beside_sample[0, 2]

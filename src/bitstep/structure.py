@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from diffusers.models.downsampling import Downsample1D, Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
-from diffusers.models.upsampling import Upsample1D, Upsample2D
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -30,19 +30,18 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One executed Linear, Conv1d or Conv2d. MACs are multiply-accumulates of one sample, over all its ``runs``.
+    """One executed Linear, Conv1d or Conv2d.
 
-    input_shape and output_shape are those of the first run, the batch included; ``positions`` is how often the weight
-    is applied per sample in that run (output pixels or tokens). ``parts`` are the channels of each tensor that was
-    concatenated into the layer's input directly before it; empty for any other input. ``norm`` is the norm with gains
-    whose output, reshaped at most, is the layer's input and that of no operation but such layers; else None.
+    macs: multiply-accumulates of one sample, over all runs of the layer
+    positions: how often the weight is applied to one sample (output pixels or tokens), in the first run
+    parts: channels of each tensor that was concatenated into the layer's input directly before it; else empty
+    sees_sample, sees_timestep: whether its input changes with the noisy sample, and with the timestep
+    norm: the affine norm that feeds this layer, if nothing but Linear and convolution layers consumes its output, so
+        that scales can be folded into it; else None
     """
 
     name: str
     macs: int
-    runs: int
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
     positions: int
     parts: tuple[int, ...]
     sees_sample: bool
@@ -52,17 +51,11 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """A module that computes scaled dot-product attention itself (not in a child).
-
-    Shapes ``[batch, heads, tokens, width]`` of its first run; ``macs`` of both matrix products of one sample.
-    """
+    """A module that computes scaled dot-product attention itself (not in a child); ``macs`` of both matrix products
+    of one sample, over all runs."""
 
     name: str
     macs: int
-    runs: int
-    query_shape: tuple[int, ...]
-    key_shape: tuple[int, ...]
-    value_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Structure:
     first, last: the first layer whose input depends on the sample, and the last one executed
     time_embedding: layers that turn the timestep into an embedding, before the sample is looked at
     skip: 1x1 convolutions beside the main path of a block whose channel count changes
-    downsample, upsample: convolutions that change the resolution
+    downsample: convolutions that lower the resolution
     left_alone: layers with weights that are not in ``layers``, and why
     total_macs: all matrix products and convolutions of one sample, attention included
     """
@@ -84,7 +77,6 @@ class Structure:
     time_embedding: tuple[str, ...]
     skip: tuple[str, ...]
     downsample: tuple[str, ...]
-    upsample: tuple[str, ...]
     attention: tuple[AttentionSite, ...]
     left_alone: Mapping[str, str]
     total_macs: int
@@ -135,8 +127,7 @@ def trace(denoiser: nn.Module, call: Call) -> Structure:
             if (_strided(denoiser, name) and name != layers[first].name)  # the first strided one cuts patches
             or _inside(denoiser, name, Downsample1D, Downsample2D)
         ),
-        upsample=tuple(name for name in convolutions if _inside(denoiser, name, Upsample1D, Upsample2D)),
-        attention=tuple(_attention_site(name, runs, batch) for name, runs in seen.attention.items()),
+        attention=tuple(AttentionSite(name, macs // batch) for name, macs in seen.attention.items()),
         left_alone=_left_alone(denoiser, seen.layers),
         total_macs=counter.get_total_flops() // 2 // batch,
     )
@@ -176,7 +167,6 @@ def channel_axis(layer: nn.Module) -> int:
 class _Run:
     """One execution of a layer; the checksum tells whether its input was the same in another forward."""
 
-    input_shape: torch.Size
     output_shape: torch.Size
     parts: tuple[int, ...]
     checksum: tuple[float, float]
@@ -188,7 +178,7 @@ class _Observation(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.layers: dict[str, list[_Run]] = {}
-        self.attention: dict[str, list[tuple[torch.Size, torch.Size, torch.Size]]] = {}
+        self.attention: Counter[str] = Counter()  # multiply-accumulates of the whole batch, by module
         self.last = ""
         self._running: list[str] = []
         self._concatenated: dict[int, tuple[Tensor, list[Tensor], int]] = {}  # holding a tensor keeps its id its own
@@ -207,7 +197,7 @@ class _Observation(TorchFunctionMode):
         x = args[0].double()
         checksum = x.sum().item(), x.square().sum().item()
         parts = self._parts(args[0], channel_axis(layer))
-        self.layers.setdefault(name, []).append(_Run(x.shape, output.shape, parts, checksum))
+        self.layers.setdefault(name, []).append(_Run(output.shape, parts, checksum))
         self.last = name
         if id(args[0]) in self._normalized:
             norm = self._normalized[id(args[0])][1]
@@ -242,7 +232,8 @@ class _Observation(TorchFunctionMode):
         if function is nn.functional.scaled_dot_product_attention:
             operands = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
             query, key, value = (operand.shape for operand in operands[:3])
-            self.attention.setdefault(self._running[-1], []).append((query, key, value))
+            # every query meets every key (of the query's width) and every value (of its own)
+            self.attention[self._running[-1]] += query[:-1].numel() * key[-2] * (query[-1] + value[-1])
         result = function(*args, **kwargs)
         for _, norm in [self._normalized[id(x)] for x in (*args, *kwargs.values()) if id(x) in self._normalized]:
             if function in _RESHAPING:
@@ -303,22 +294,12 @@ def _layer_info(
     return LayerInfo(
         name,
         macs=sum(positions) * weight.numel() // batch,
-        runs=len(runs),
-        input_shape=tuple(runs[0].input_shape),
-        output_shape=tuple(runs[0].output_shape),
         positions=positions[0] // batch,
         parts=runs[0].parts,
         sees_sample=sees_sample,
         sees_timestep=sees_timestep,
         norm=norm,
     )
-
-
-def _attention_site(name: str, runs: list[tuple[torch.Size, torch.Size, torch.Size]], batch: int) -> AttentionSite:
-    # every query meets every key (of the query's width) and every value (of its own)
-    macs = sum(q[:-1].numel() * k[-2] * (q[-1] + v[-1]) for q, k, v in runs)
-    query, key, value = runs[0]
-    return AttentionSite(name, macs // batch, len(runs), tuple(query), tuple(key), tuple(value))
 
 
 def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:

@@ -7,13 +7,14 @@ from itertools import pairwise
 
 
 def allocate(choices: Mapping[str, Sequence[tuple[float, float]]], room: float) -> dict[str, int]:
-    """The place, among its choices, of what each name gets; all begin with their first.
+    """Index of the choice taken for each name, starting from choice 0.
 
-    choices: (cost, error) by name, costs ascending. room: what all may cost together beyond their first choices.
+    choices: (cost, error) by name, costs ascending
+    room: what all names may cost together beyond their choices 0
 
-    Errors are taken to add up. Of every name only the choices on the lower convex hull of error over cost are steps, so
-    that each lowers the error by less per cost than the one before it. Steps are taken in the order of what they lower
-    per cost, over all names; where one finds no room, the name stays as it is.
+    The errors of the names are taken to add up. A name moves along the corners of the lower convex hull of its error
+    over cost, so that every step lowers the error by less per cost than the one before. Steps of all names are taken in
+    the order of how much they lower the error per cost; where one does not fit, its name stays where it is.
     """
     steps = []
     for name, pairs in choices.items():
@@ -32,7 +33,7 @@ def allocate(choices: Mapping[str, Sequence[tuple[float, float]]], room: float) 
 
 
 def _lower_hull(pairs: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the corners of the lower convex hull, from the first pair on, while the error falls."""
+    """Indices of the corners of the lower convex hull, from the first pair on, while the error falls."""
     hull = [0]
     for place in range(1, len(pairs)):
         while len(hull) > 1 and _slope(pairs, hull[-2], hull[-1]) >= _slope(pairs, hull[-2], place):

@@ -30,11 +30,6 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return _codes(x, scale, zero_point, bits).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``s * (q - z)`` in float32."""
-    return scale * (codes.to(torch.float32) - zero_point)
-
-
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Quantize and dequantize, differentiably (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
 

@@ -1,1 +1,1 @@
-"""The verbs: load, calibrate, fine-tune, pack, sample, evaluate, each a function of its own file."""
+"""What the verbs are made of: from load, calibrate, fine-tune and pack to sample, evaluate and report."""
