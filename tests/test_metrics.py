@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bitstep.metrics import frechet_distance, psnr, ssim
+from bitstep.metrics import frechet_distance, precision_recall, psnr, ssim
 
 
 def images(seed: int, count: int = 4) -> torch.Tensor:
@@ -56,3 +56,14 @@ def test_frechet_distance_of_a_shifted_set_is_the_squared_shift() -> None:
     a = torch.randn(30, 4, generator=torch.Generator().manual_seed(3))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, a + 3) == pytest.approx(4 * 9, rel=1e-6)
+
+
+def test_precision_and_recall_of_sets_that_overlap_by_halves() -> None:
+    line = torch.arange(8.0)[:, None]
+    near, far = line, line + 1000
+    half = torch.cat([near[:4] + 0.01, far[:4]])  # of its images half are real; its far points cover no real one
+    precision, recall = precision_recall(half, near, neighbours=1)
+    assert precision == 0.5
+    assert recall == pytest.approx(5 / 8)  # 0..3, and 4 within the ball of 3.01
+    assert precision_recall(far, near, neighbours=1) == (0, 0)
+    assert precision_recall(near, near, neighbours=1) == (1, 1)

@@ -56,3 +56,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     r_x, r_y = (torch.linalg.qr(centred, mode="r").R for centred in (x, y))
     cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross)
+
+
+def precision_recall(a: Tensor, b: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991) of features ``[N, D]`` of images against those of a reference
+    ``[M, D]``: the share of ``a`` that lies in the reference's manifold, and of ``b`` that lies in that of the images.
+
+    A set's manifold is the union of balls around its points, each as wide as its distance to the ``neighbours``-th
+    nearest other one; a set needs more points than that.
+    """
+
+    def covered(points: Tensor, manifold: Tensor) -> float:
+        radii = torch.cdist(manifold, manifold).kthvalue(neighbours + 1).values  # the nearest of all is itself
+        return float((torch.cdist(points, manifold) <= radii).any(1).double().mean())
+
+    a, b = a.double(), b.double()
+    return covered(a, b), covered(b, a)
