@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from packed import random_model
 from pipelines import build
 from torch import nn
@@ -60,6 +61,11 @@ def test_a_pipeline_that_is_not_packed_is_refused(plain_pipeline: Path) -> None:
         api.inspect(plain_pipeline)
     with pytest.raises(BitstepError, match="is not packed"):
         api.benchmark(plain_pipeline)
+
+
+def test_a_packed_pipeline_on_the_hub(packed_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(packed_pipeline))
+    assert api.inspect("somebody/packed") == api.inspect(packed_pipeline)
 
 
 def test_benchmark_times_each_in_its_own_process(packed_pipeline: Path) -> None:

@@ -125,6 +125,18 @@ def test_the_result_is_an_ordinary_pipeline_folder(teacher: str, tmp_path: Path)
     assert record["versions"]["torch"] == torch.__version__
 
 
+def test_only_the_denoiser_becomes_another_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "half"
+    build("stable_diffusion").to(torch.float16).save_pretrained(source)
+    capfd.readouterr()
+    out = run.quantize(source, out=tmp_path / "out", **tiny("minmax"))
+    assert capfd.readouterr().err == "", "neither diffusers nor transformers shows bars"
+    for weights in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / weights).read_bytes() == (source / weights).read_bytes()
+    config = json.loads((out / "text_encoder" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+
+
 def test_training_reduces_the_loss_and_pays_against_rounding(tmp_path: Path) -> None:
     """On the model that comes with the package, a few seconds of EfficientDM beat plain rounding."""
     small = [

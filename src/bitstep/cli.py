@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Source = Annotated[
     str, typer.Argument(help="A diffusers pipeline folder, a Hub id, demo:NAME, or the folder of a single component.")
 ]
-Packed = Annotated[Path, typer.Argument(help="A folder written by `bitstep quantize`.")]
+Packed = Annotated[str, typer.Argument(help="A folder written by `bitstep quantize`, or its Hub id.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same noise for every model, image by image.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default if not given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
@@ -233,7 +233,7 @@ def benchmark(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Folders written by `bitstep quantize`.")],
+    directories: Annotated[list[str], typer.Argument(help="Folders written by `bitstep quantize`, or their Hub ids.")],
     out: Annotated[Path, typer.Option(help="The .html page, which needs no other file.")] = Path("report.html"),
     against: Annotated[
         str | None, typer.Option(help="The full-precision SOURCE they were made from: adds pictures and errors.")

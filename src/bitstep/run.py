@@ -28,7 +28,7 @@ from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import Sampling, read_prompts
-from bitstep.stages.load import Source, load
+from bitstep.stages.load import Source, load, stored_dtype, without_progress_bars
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.precondition import check, precondition
 from bitstep.stages.prepare import Student, prepare
@@ -204,7 +204,10 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
         recipe=recipe.model_dump(mode="json"),
         attention=packed_attention(student.attention, student.plan),
     )
-    setattr(source.pipeline, source.component, packed)
+    assert source.folder is not None
+    for name, component in source.pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name != source.component:
+            component.to(stored_dtype(source.folder / name))  # it was computed with in float32
     source.pipeline.register_modules(**{source.component: packed})
     plan = {
         "coverage": student.plan.coverage,
@@ -214,7 +217,8 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
         "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
         "folded": student.folded,
     }
-    work.publish(source.pipeline.save_pretrained, plan)
+    with without_progress_bars():
+        work.publish(source.pipeline.save_pretrained, plan)
     report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
     if student.rewritten:
         folded = sum(len(readers) for readers in student.folded.values())

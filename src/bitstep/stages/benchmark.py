@@ -46,7 +46,7 @@ WARM_UP = 3
 
 
 def benchmark(
-    directory: Path,
+    directory: str | Path,
     *,
     against: Sequence[str] = ("fp32", "bf16"),
     batch_size: int = 1,
@@ -74,7 +74,7 @@ def benchmark(
     if backend is not None:
         named(backend)
     source = _packed(directory)
-    packed = {PACKED: source} | {name: _packed(Path(name)) for name in against if _is_folder(name)}
+    packed = {PACKED: source} | {name: _packed(name) for name in against if _is_folder(name)}
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
         tasks = [
@@ -117,8 +117,8 @@ def _is_folder(name: str) -> bool:
     return name not in DTYPES and name not in PEERS and Path(name).is_dir()
 
 
-def _packed(directory: Path) -> Source:
-    """The pipeline in a folder; raises BitstepError where it is not packed."""
+def _packed(directory: str | Path) -> Source:
+    """The pipeline in a folder or on the Hub; raises BitstepError where it is not packed."""
     source = load(directory)
     packed_manifest(source)
     return source
