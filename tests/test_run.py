@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
 from bitstep.methods.base import Effort
 from bitstep.recipe import resolve
-from bitstep.run_folder import LOSS, RUN
+from bitstep.run_folder import LOSS, RUN, RunFolder
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
@@ -184,8 +185,48 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="takes no prompts"):
         run.quantize(teacher, out=tmp_path / "prompts", prompts=prompts, **tiny("minmax"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "prompts.txt"]
-    run.quantize(teacher, out=occupied, overwrite=True, **tiny("minmax"))
-    assert not (occupied / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(("out", "message"), [("source", "it holds .*source"), ("source/unet", "not written by")])
+def test_overwriting_spares_the_source(out: str, message: str, tmp_path: Path) -> None:
+    build("ddim").save_pretrained(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        run.quantize(tmp_path / "source", out=tmp_path / out, overwrite=True, **tiny("minmax"))
+    assert len(weights(tmp_path / "source")) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_only_what_bitstep_wrote_is_overwritten(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for precious in ("precious", "out.partial"):
+        (tmp_path / precious).mkdir()
+        (tmp_path / precious / "text").write_text("mine")
+    for out in (".", "", "/"):
+        with pytest.raises(UsageError, match="is not empty"):
+            run.quantize(teacher, out=out, **tiny("minmax"))
+    for out in (".", "precious", "out"):
+        with pytest.raises(UsageError, match="not written by bitstep"):
+            run.quantize(teacher, out=out, overwrite=True, **tiny("minmax"))
+    (tmp_path / "out.partial" / "text").unlink()
+    assert run.quantize(teacher, out="out", **tiny("minmax")) == Path("out")
+    before = (tmp_path / "out" / "run" / RUN).stat().st_ino
+    (tmp_path / "out" / "photos").mkdir()
+    with pytest.raises(UsageError, match=r"holds .*photos"):
+        RunFolder.claim(Path("out"), {}, keep=[Path("out/photos")], resume=False, overwrite=True)
+    run.quantize(teacher, out="out", overwrite=True, **tiny("minmax"))
+    assert (tmp_path / "out" / "run" / RUN).stat().st_ino != before
+    assert (tmp_path / "precious" / "text").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
+    for _ in range(2):
+        work = claim()
+        assert work is not None
+        with pytest.raises(UsageError, match=r"a run is under way in .*out\.partial"):
+            claim()
+        work.leave()
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_is_packed_already_is_refused(packed_pipeline: Path, tmp_path: Path) -> None:

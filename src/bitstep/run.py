@@ -77,7 +77,8 @@ def quantize(
         "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
-    work = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
+    keep = [Path(path) for path in (source, data) if path is not None]
+    work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
         return out
     report = _Report(progress)
@@ -95,7 +96,7 @@ def quantize(
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
-        work.discard_unless_begun()
+        work.leave()
     return out
 
 

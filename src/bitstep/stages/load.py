@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded pipeline; ``name`` is what it was addressed by, ``folder`` where its files are (None: in memory only)."""
+    """A loaded pipeline; ``name`` is what it was addressed by, ``folder`` where its files are (None: nowhere)."""
 
     name: str
     pipeline: DiffusionPipeline
@@ -80,7 +80,9 @@ def stored_dtype(component: Path) -> torch.dtype:
     for path in component.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return reduce(torch.promote_types, [dtype for dtype in found if dtype.is_floating_point] or [torch.float32])
+    floating = [dtype for dtype in found if dtype.is_floating_point]
+    widest: torch.dtype = reduce(torch.promote_types, floating or [torch.float32])
+    return widest
 
 
 @contextmanager
