@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,15 @@ def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path) -> None:
         api.sample("a source that does not exist", out=tmp_path / "images.gif")
 
 
-def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is a file"):
-        api.sample("a source that does not exist", out=tmp_path / "file" / "images.png")
+    (tmp_path / "folder.png").mkdir()
+    for out, message in {"file/images.png": "file is a file", "folder.png": "it is a folder"}.items():
+        with pytest.raises(UsageError, match=message):
+            api.sample("a source that does not exist", out=tmp_path / out)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, who may run the tests, may write anywhere
+    with pytest.raises(UsageError, match=f"{tmp_path} is not to be written to"):
+        api.sample("a source that does not exist", out=tmp_path / "new" / "images.png")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bitstep.errors import UsageError
+from bitstep.files import check_path, write_atomically
 from bitstep.run import quantize as quantize
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
@@ -22,7 +23,7 @@ from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
 from bitstep.stages.report import Reference, describe, page
-from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save, write_atomically
+from bitstep.stages.sample import SAVED, Progress, default_steps, grid, holds_images, read, save
 from bitstep.stages.sample import sample as _sample
 
 UNSEEN = 1  # a seed whose noise `quantize`, with its default seed, was not fitted to
@@ -46,7 +47,7 @@ def sample(
     The same seed gives the same noise for every model, image by image. ``steps`` None is the pipeline's default;
     ``backend`` forces one kernel for every packed layer.
     """
-    path = None if out is None else check_path(Path(out))
+    path = None if out is None else check_path(Path(out), "images", SAVED)
     model = _load(source, device, backend)
     images = _sample(
         model.pipeline,

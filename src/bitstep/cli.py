@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bitstep import __version__
 from bitstep.errors import BitstepError, UsageError
+from bitstep.files import check_path, write_atomically
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -39,7 +40,14 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not 
 Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt a line; built-in ones if not given.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=lambda path: path and check_path(path, "numbers", (".json",)),
+        help="Also write the numbers to this .json file.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 
 
@@ -332,7 +340,8 @@ def _quieten_libraries() -> None:
 
 def _write(numbers: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(numbers, indent=2) + "\n")
+        text = json.dumps(numbers, indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _print(numbers: Mapping[str, Any]) -> None:
