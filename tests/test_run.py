@@ -28,6 +28,7 @@ from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student
+from bitstep.stages.sample import save
 
 TINY = [
     "calibration.images=4",
@@ -239,6 +240,33 @@ def test_a_typo_in_a_rule_is_found_before_anything_runs(teacher: str, tmp_path: 
     overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear}]"]
     with pytest.raises(UsageError, match="matches no layer"):
         run.quantize(teacher, out=tmp_path / "out", **tiny("minmax", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("ddim", "text.png", "cannot read the picture .*text.png"),
+        ("ddim", "9x9.png", "9x9 pixels is no mosaic of 8x8 tiles"),
+        ("ddim", "9x9.npz", r"come as \[3, 9, 9\] to the denoiser, which takes \[3, 8, 8\]"),
+        ("stable_diffusion", "8x8.png", "conditional denoiser .*encoder_hidden_states"),
+        ("flux", "8x8.png", "conditional denoiser"),
+    ],
+)
+def test_images_that_do_not_fit_are_found_before_anything_runs(
+    kind: str, name: str, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run, "record", pytest.fail)
+    build(kind).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / name
+    if name == "text.png":
+        path.write_text("text")
+    else:
+        save(torch.zeros(1, int(name[0]), int(name[0]), 3, dtype=torch.uint8), path)
+    data = path if path.suffix == ".npz" else path.parent
+    with pytest.raises(BitstepError, match=message):
+        run.quantize(tmp_path / "teacher", out=tmp_path / "out", data=data, **tiny("lsq"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data", "teacher"]
 
 
 def test_a_method_without_training_shows_no_training(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from PIL import Image
 from pipelines import build
 from torch import nn
@@ -72,6 +73,17 @@ def test_the_forced_backend_is_the_one_that_runs(
 def test_an_unknown_backend_is_refused(packed_pipeline: Path) -> None:
     with pytest.raises(BitstepError, match="no backend named 'abacus'"):
         api.sample(packed_pipeline, num=1, steps=1, backend="abacus")
+
+
+def test_class_labels_may_be_left_out_where_there_are_no_classes() -> None:
+    pipeline = ConsistencyModelPipeline(build("ddim").unet, CMStochasticIterativeScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    assert sample(pipeline, num=1, batch_size=1, steps=2, seed=0).shape == (1, 8, 8, 3)
+
+
+def test_more_steps_than_there_are_timesteps() -> None:
+    with pytest.raises(UsageError, match="DDIMPipeline samples in at most 1000 steps: got 1001"):
+        sample(build("ddim"), num=1, batch_size=1, steps=1001, seed=0)
 
 
 def test_steps_default_to_the_pipelines_own() -> None:

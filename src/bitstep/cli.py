@@ -79,7 +79,9 @@ def quantize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SLOT.KEY=VALUE", help="Change one value of the recipe.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of training images, for recipes that use data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or .npz file of training images, for recipes that use them.")
+    ] = None,
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to run; CUDA where there is one, if not given.")] = None,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
-from bitstep.images import TrainingImages, enlargement
+from bitstep.images import TrainingImages, enlargement, unconditional
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
 from bitstep.pool import Pool
@@ -68,7 +68,7 @@ def quantize(
     if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
         raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
     if data is not None and not holds_images(Path(data)):
-        raise UsageError(f"{data} holds no images: expected a folder of pictures")
+        raise UsageError(f"{data} holds no images: expected a folder of pictures, or an .npz file")
     identity = {
         "source": source,
         "seed": seed,
@@ -89,8 +89,9 @@ def quantize(
             raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
         check_rules(loaded.denoiser, resolved.method.layers.rules)
         loaded.denoiser.requires_grad_(False).eval()
+        images = None if data is None else _read_images(Path(data), loaded, texts)
         torch.manual_seed(seed)
-        student = _fit(loaded, resolved, work, seed, texts, data, report)
+        student = _fit(loaded, resolved, work, seed, texts, images, report)
         _pack(loaded, student, resolved, work, report)
     except (OSError, SafetensorError) as error:
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
@@ -106,7 +107,7 @@ def _fit(
     work: RunFolder,
     seed: int,
     prompts: list[str] | None,
-    data: str | Path | None,
+    images: TrainingImages | None,
     report: _Report,
 ) -> Student:
     """Record, calibrate, train."""
@@ -125,7 +126,7 @@ def _fit(
     if method.output.preconditioned:
         check(teacher, pool)
     found = importance = None
-    distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
+    distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
         with report.bar("measure how far errors carry") as update:
             found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
@@ -158,21 +159,20 @@ def _fit(
         stream=streamed,
         folder=work.path,
         seed=seed,
-        images=None if data is None else _read_images(Path(data), source, pool),
+        images=images,
         sensitivity=found,
     )
     if method.training:
         _train(context, method.training, work, report)
     if method.output.preconditioned:
-        images, averaged = calibration.range_images, method.output.averaged
         with report.bar("precondition the output") as update:
             precondition(
                 source,
                 student.denoiser,
                 student.cursor,
                 pool,
-                images=images,
-                averaged=averaged,
+                images=calibration.range_images,
+                averaged=method.output.averaged,
                 progress=update,
                 **sampling,
             )
@@ -254,9 +254,14 @@ class _Report:
             yield update
 
 
-def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:
-    """Pictures of the denoiser's size, or mosaics of such."""
-    call, _ = pool.batch([0])
-    sample = next(value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
-    pixels = read(folder, tile=sample.shape[-1] * enlargement(source.pipeline))
-    return TrainingImages.of_pipeline(pixels, source.pipeline)
+def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:
+    """Images of the denoiser's size, or mosaics of such; refused before anything is recorded where they do not fit."""
+    call, _ = next(stream(source, images=1, batch_size=1, steps=1, seed=0, prompts=prompts)).batch([0])
+    name, _ = unconditional(call)
+    sample = call.arguments[name]
+    tile = None if data.suffix == ".npz" else sample.shape[-1] * enlargement(source.pipeline)
+    images = TrainingImages.of_pipeline(read(data, tile), source.pipeline)
+    found, expected = images.clean(torch.tensor([0])).shape[1:], sample.shape[1:]
+    if found != expected:
+        raise UsageError(f"the images in {data} come as {list(found)} to the denoiser, which takes {list(expected)}")
+    return images

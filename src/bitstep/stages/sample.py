@@ -83,12 +83,19 @@ def read(path: Path, tile: int | None = None) -> Tensor:
         if tile:
             raise UsageError(f"{path} holds single images, no mosaics: leave --tile out")
         return _read_npz(path)
-    pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in _pictures(path)]
+    pictures = [_read_picture(file) for file in _pictures(path)]
     images = [image for picture in pictures for image in (_tiles(picture, tile) if tile else picture[None])]
     sizes = {tuple(image.shape[:2]) for image in images}
     if len(sizes) != 1:
         raise BitstepError(f"the pictures in {path} differ in size: expected one size, found {sorted(sizes)[:3]}")
     return torch.stack(images)
+
+
+def _read_picture(path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    except Exception as error:  # Pillow raises all kinds for a damaged file
+        raise BitstepError(f"cannot read the picture {path}: {error}") from error
 
 
 def _read_npz(path: Path) -> Tensor:
