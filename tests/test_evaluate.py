@@ -60,14 +60,36 @@ def test_against_images(plain_pipeline: Path, feature_network: Path, tmp_path: P
     assert numbers["psnr"] is numbers["ssim"] is numbers["step_error"] is None
 
 
-def test_bad_input(plain_pipeline: Path, tmp_path: Path) -> None:
+def test_bad_input(plain_pipeline: Path, feature_network: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no feature network"):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(BitstepError, match="expected a TorchScript network"):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "text.pt")
-    save(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), tmp_path / "real.npz")
+    save(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), tmp_path / "real.npz")
     with pytest.raises(UsageError, match="add --features"):
         api.evaluate(plain_pipeline, against=tmp_path / "real.npz")
+    with pytest.raises(UsageError, match="expected at least 2"):
+        api.evaluate(plain_pipeline, against=tmp_path / "real.npz", features=feature_network)
+    with pytest.raises(UsageError, match="steps 0 is too small"):
+        api.evaluate(plain_pipeline, against=plain_pipeline, steps=0)
+    with pytest.raises(UsageError, match=r"sample of its denoiser is \[1, 3, 8, 8\], of the other \[1, 3, 32, 32\]"):
+        api.evaluate(plain_pipeline, against="demo:fruits32")
     with pytest.raises(UsageError, match="--tile"):
         api.evaluate(plain_pipeline, against=plain_pipeline, tile=32)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (torch.nn.Identity(), r"makes \[1, 3, 8, 8\] of images \[1, 8, 8, 3\]"),
+        (torch.nn.Linear(9, 9), "fails on images"),
+    ],
+)
+def test_a_feature_network_is_tried_before_the_work(
+    network: torch.nn.Module, message: str, plain_pipeline: Path, tmp_path: Path
+) -> None:
+    torch.jit.trace(network, torch.zeros(1, 3, 9, 9)).save(str(tmp_path / "network.pt"))
+    with pytest.raises(BitstepError, match=message):
+        api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "network.pt", **SAMPLING)

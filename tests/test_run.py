@@ -177,7 +177,7 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
         run.quantize(
             teacher,
             out=tmp_path / "rule",
-            **tiny("minmax", overrides=[*TINY, "layers.rules=[{match: nope}]"]),
+            **tiny("minmax", overrides="layers.rules=[{match: nope}]"),
         )
     with pytest.raises(BitstepError, match="does not exist"):
         run.quantize("nowhere", out=tmp_path / "source", **tiny("minmax"))

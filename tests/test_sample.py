@@ -81,6 +81,12 @@ def test_class_labels_may_be_left_out_where_there_are_no_classes() -> None:
     assert sample(pipeline, num=1, batch_size=1, steps=2, seed=0).shape == (1, 8, 8, 3)
 
 
+@pytest.mark.parametrize("numbers", [{"num": 0}, {"steps": 0}, {"batch_size": 0}])
+def test_there_is_something_to_do(numbers: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=" 0 is too small: expected at least 1"):
+        api.sample("a source that does not exist", **numbers)
+
+
 def test_more_steps_than_there_are_timesteps() -> None:
     with pytest.raises(UsageError, match="DDIMPipeline samples in at most 1000 steps: got 1001"):
         sample(build("ddim"), num=1, batch_size=1, steps=1001, seed=0)

@@ -250,7 +250,7 @@ def report(
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 16,
     steps: Steps = None,
-    seed: Seed = 1,
+    seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
     device: Device = "cpu",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from bitstep.arguments import several
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.images import TrainingImages, enlargement, unconditional
@@ -48,7 +49,7 @@ def quantize(
     recipe: str | Path = "best",
     bits: str = "W4A4",
     effort: Effort = "standard",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     data: str | Path | None = None,
     prompts: str | Path | None = None,
     seed: int = 0,
@@ -63,8 +64,10 @@ def quantize(
     work and BitstepError for what fails on the way; ``out`` then does not exist.
     """
     source, out = str(source), Path(out)
-    resolved = resolve(recipe, bits, effort, overrides)
+    resolved = resolve(recipe, bits, effort, several(overrides))
     texts = read_prompts(prompts)
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
     if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
         raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
     if data is not None and not holds_images(Path(data)):

@@ -28,6 +28,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from bitstep.arguments import at_least, check_device, several
 from bitstep.calls import run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.pool import Pool
@@ -48,7 +49,7 @@ WARM_UP = 3
 def benchmark(
     directory: str | Path,
     *,
-    against: Sequence[str] = ("fp32", "bf16"),
+    against: str | Sequence[str] = ("fp32", "bf16"),
     batch_size: int = 1,
     rounds: int = 20,
     backend: str | None = None,
@@ -69,6 +70,9 @@ def benchmark(
     kernels: how many layers each kernel runs
     layers: the kernel of every packed layer
     """
+    at_least(1, batch_size=batch_size, rounds=rounds)
+    check_device(device)
+    against = several(against)
     for name in against:
         _check(name)
     if backend is not None:

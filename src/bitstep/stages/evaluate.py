@@ -41,9 +41,17 @@ def evaluate(
     frechet_distance: in the features of the network in the file ``features`` (see :func:`extract`); else None
     features: the name of that file, without its ending
     """
-    if features is None and not isinstance(against, Source):
-        raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
     network = None if features is None else load_features(features)
+    if isinstance(against, Source):
+        check_comparable([model], against, **sampling)
+    elif network is None:
+        raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
+    elif len(against) < 2:
+        raise UsageError("one image is no set to compare with: expected at least 2")
+    if network is not None:
+        check_features(network, sample(model.pipeline, num=1, batch_size=1, **_one_step(sampling)))
+        if isinstance(against, Tensor):
+            check_features(network, against[:1])
     images = sample(model.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
     numbers: dict[str, Any] = {
         "source": model.name,
@@ -70,6 +78,30 @@ def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
     noise = psnr(images, reference)
     small = min(images.shape[1:3]) < SSIM_WINDOW
     return {"psnr": noise if math.isfinite(noise) else None, "ssim": None if small else ssim(images, reference)}
+
+
+def check_comparable(models: Sequence[Source], reference: Source, **sampling: Unpack[Sampling]) -> None:
+    """Raise UsageError where a model's denoiser takes or returns other tensors than that of ``reference``."""
+    expected = _shapes(reference, sampling)
+    for model in models:
+        found = _shapes(model, sampling)
+        for name in expected | found:
+            if found.get(name) != expected.get(name):
+                ours, theirs = found.get(name, "nothing"), expected.get(name, "nothing")
+                raise UsageError(
+                    f"{model.name} cannot be compared with {reference.name}: "
+                    f"{name} of its denoiser is {ours}, of the other {theirs}"
+                )
+
+
+def _shapes(source: Source, sampling: Sampling) -> dict[str, list[int]]:
+    """Of the tensors that the denoiser takes and returns for one picture."""
+    call, output = next(stream(source, images=1, batch_size=1, **_one_step(sampling))).batch([0])
+    return {name.removeprefix("call."): list(x.shape) for name, x in {**call.tensors, "output": output}.items()}
+
+
+def _one_step(sampling: Sampling) -> Sampling:
+    return {**sampling, "steps": 1}
 
 
 @torch.no_grad()
@@ -105,6 +137,18 @@ def load_features(path: Path) -> torch.nn.Module:
         except RuntimeError as error:
             raise BitstepError(f"cannot load {path}: expected a TorchScript network") from error
     return network.eval()
+
+
+def check_features(network: torch.nn.Module, images: Tensor) -> None:
+    """Raise BitstepError where ``network`` makes no features ``[N, D]`` of images such as these."""
+    try:
+        features = extract(network, images, 1)
+    except Exception as error:  # TorchScript ends a long message with what went wrong
+        *_, reason = str(error).strip().splitlines()
+        raise BitstepError(f"the feature network fails on images {list(images.shape)}: {reason}") from error
+    if features.ndim != 2:
+        found, given = list(features.shape), list(images.shape)
+        raise BitstepError(f"the feature network makes {found} of images {given}: expected features [N, D]")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from bitstep.arguments import check_device
 from bitstep.errors import BitstepError
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
@@ -26,6 +27,7 @@ _DEMOS = (
     Path(__file__).parents[3] / "models",  # larger ones, in a checkout of the repository only
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_VARIANT = re.compile(r"\.([^.-]+)(?:-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     A component folder is given the simplest pipeline that can run it. ``dtype`` is for full precision: a pipeline with
     a packed denoiser is loaded in float32, the type of its scales. Weights are read from safetensors files only.
 
-    Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged.
+    Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged, UsageError
+    when there is no such ``device``.
     """
+    check_device(device)
     name = str(source)
     folder = _demo(name.removeprefix("demo:")) if name.startswith("demo:") else _locate(name)
     try:
@@ -69,7 +73,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     except BitstepError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds for a damaged folder
-        raise BitstepError(f"cannot load {name}: {_first_line(error)}") from error
+        raise BitstepError(f"cannot load {name}: {_without_safetensors(folder) or _first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return Source(name, pipeline, folder)
 
@@ -167,6 +171,20 @@ def _config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BitstepError(f"{path} is not valid JSON: {error}") from error
     return config
+
+
+def _without_safetensors(folder: Path) -> str | None:
+    """What to do where a component has weights, but none in plain safetensors files."""
+    for component in (folder, *sorted(folder.iterdir())):
+        names = [file.name for file in component.glob("*.safetensors")]
+        variants = [found[1] for found in map(_VARIANT.search, names) if found]
+        if len(variants) == len(names) and (variants or any(component.glob("*.bin"))):
+            options = f"variant={variants[0]!r}" if variants else "use_safetensors=False"
+            return (
+                f"{component} has no plain safetensors files: load it with "
+                f"DiffusionPipeline.from_pretrained(FOLDER, {options}) and save_pretrained it to another folder"
+            )
+    return None
 
 
 def _first_line(error: Exception) -> str:
