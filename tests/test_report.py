@@ -104,6 +104,6 @@ def test_bad_input_leaves_nothing(
     with pytest.raises(UsageError, match="num 1 is too small: expected at least 2"):
         bitstep.report(packed_pipeline, out=tmp_path / "r.html", num=1)
     monkeypatch.setattr(api, "_sample", pytest.fail)
-    with pytest.raises(UsageError, match="cannot be compared with demo:fruits32: sample of its denoiser is "):
+    with pytest.raises(UsageError, match="cannot be compared with demo:fruits32: its denoiser's sample is "):
         bitstep.report(packed_pipeline, out=tmp_path / "r.html", against="demo:fruits32")
     assert not list(tmp_path.iterdir())
