@@ -48,7 +48,7 @@ JsonFile = Annotated[
         help="Also write the numbers to this .json file.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what bitstep wrote to the output folder.")]
 
 
 def _version(wanted: bool) -> None:
