@@ -48,7 +48,7 @@ def measure(objective: Objective) -> dict[str, float]:
 
     torch.manual_seed(0)
     denoiser: nn.Module = build("A").requires_grad_(False)
-    source = Source("random", DDIMPipeline(denoiser, DDIMScheduler()), "unet")
+    source = Source("random", DDIMPipeline(denoiser, DDIMScheduler()))
     phase = Phase(
         objective=objective,
         iterations=ITERATIONS,

@@ -19,7 +19,6 @@ from bitstep.numerics.allocation import allocate
 from bitstep.pool import Pool
 from bitstep.quantizers.weights import DenseWeight, UniformWeight
 from bitstep.stages.calibrate import record, stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.weight_errors import weight_errors
@@ -66,7 +65,7 @@ def test_no_choice_within_the_budget_is_better_by_more_than_the_best_step_refuse
 
 def recorded(name: str) -> tuple[nn.Module, Pool]:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     source.denoiser.requires_grad_(False)
     return source.denoiser, next(stream(source, images=4, batch_size=4, steps=4, seed=0))
 

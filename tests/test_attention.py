@@ -29,7 +29,6 @@ from bitstep.runtime.fused import fused_blocks
 from bitstep.runtime.replay import Replay
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import roles
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
@@ -100,7 +99,7 @@ def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
 @functools.cache
 def student(name: str, per_step: bool = True) -> tuple[Student, Any]:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
     method = Method(
         name="rounding", activations=Activations(per_step=per_step), attention=AttentionOperands(quantized=True)

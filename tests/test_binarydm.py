@@ -37,7 +37,6 @@ from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.run_folder import LOSS
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student, prepare
@@ -49,7 +48,7 @@ PHASE = BINARYDM.training[0].model_copy(update={"iterations": 10, "batch_size": 
 
 def _source(name: str) -> Source:
     pipeline = build(name)
-    return Source(name, pipeline, denoiser_name(pipeline))
+    return Source(name, pipeline)
 
 
 def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> tuple[Student, Context, Pool]:

@@ -21,7 +21,6 @@ from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import TrainingState, finetune
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import prepare
 
@@ -32,7 +31,7 @@ PHASE = DILATEQUANT.training[0].model_copy(update={"batch_size": 3, "iterations"
 @functools.cache
 def recorded(name: str) -> tuple[nn.Module, Pool]:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     source.denoiser.requires_grad_(False)
     return source.denoiser, next(stream(source, images=2, batch_size=2, steps=3, seed=0))
 

@@ -12,13 +12,13 @@ from pipelines import BUILDERS, build
 
 from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.calibrate import record, stream
-from bitstep.stages.generate import denoiser_name, generate, generate_batch
+from bitstep.stages.generate import generate, generate_batch
 from bitstep.stages.load import Source
 
 
 def source(name: str) -> Source:
     pipeline = build(name)
-    return Source(name, pipeline, denoiser_name(pipeline))
+    return Source(name, pipeline)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from bitstep.errors import BitstepError
 from bitstep.pool import Pool, PoolWriter
 from bitstep.recording import Recorder, Shard, fit_guidance, wrapped
 from bitstep.stages.calibrate import record, stream
-from bitstep.stages.generate import denoiser_name, generate_batch
+from bitstep.stages.generate import generate_batch
 from bitstep.stages.load import Source
 
 # weights of the chunks of an output, in the pipeline's own order, at guidance scale 3
@@ -29,7 +29,7 @@ GUIDANCE = {
 
 def source(name: str) -> Source:
     pipeline = build(name)
-    return Source(name, pipeline, denoiser_name(pipeline))
+    return Source(name, pipeline)
 
 
 def in_memory(name: str, guidance_scale: float | None = None) -> tuple[Source, Pool]:

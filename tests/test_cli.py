@@ -126,8 +126,12 @@ def test_demo_shows_both_recipes(
         (["sample", "demo:fruits32", "--prompts", "none.txt", "--out", "a.png"], 2, "cannot read prompts none.txt"),
         (["benchmark", "folder", "fp32"], 2, "unexpected argument 'fp32'"),
         (["benchmark", "folder", "--backend", "abacus"], 2, "no backend named 'abacus'"),
+        (["benchmark", "folder", "--json", "a.txt"], 2, "expected a name that ends in .json"),
+        (["evaluate", "nowhere", "--against", "nowhere", "--json", "a.txt"], 2, "expected a name that ends in .json"),
         (["quantize", "demo:fruits32", "--recipe", "efficentdm", "--out", "out"], 2, "efficientdm"),
         (["quantize", "demo:fruits32", "--bits", "W9A4", "--out", "out"], 2, "W9A4"),
+        (["quantize", "demo:fruits32", "--seed", f"{2**64}", "--out", "out"], 2, "out of range"),
+        (["quantize", "demo:fruits32", "--device", "gpu", "--out", "out"], 2, "cannot compute on device 'gpu'"),
         (["quantize", "demo:fruits32", "--set", "trainig.0.iterations=3", "--out", "out"], 2, "trainig"),
     ],
 )

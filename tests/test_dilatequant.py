@@ -16,7 +16,6 @@ from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import prepare
 from bitstep.stages.rewrite import scale_of
@@ -124,7 +123,7 @@ def test_smoothing_shares_the_ranges_of_input_and_weight() -> None:
 def test_norms_that_only_rewritten_layers_read_take_the_reciprocals(name: str) -> None:
     """Exactly: the student that rounds nothing is the teacher."""
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     source.denoiser.requires_grad_(False)
     pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
     method = DILATEQUANT.model_copy(update={"rewrites": (Smoothing(), Dilation())})

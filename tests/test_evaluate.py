@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed import random_model
+from pipelines import build
 
 from bitstep import api
 from bitstep.calls import run
@@ -52,6 +54,15 @@ def test_step_error_uses_the_references_own_inputs(packed_pipeline: Path, plain_
     assert len(errors) == 3
 
 
+def test_a_packed_pipeline_without_parameters_is_a_reference_too(tmp_path: Path) -> None:
+    pipeline = build("sd3")
+    pipeline.register_modules(transformer=random_model(pipeline.transformer))
+    assert not list(pipeline.transformer.parameters())
+    pipeline.save_pretrained(tmp_path)
+    numbers = api.evaluate(tmp_path, against=tmp_path, num=2, steps=2)
+    assert numbers["step_error"] == pytest.approx([0, 0], abs=1e-3)
+
+
 def test_against_images(plain_pipeline: Path, feature_network: Path, tmp_path: Path) -> None:
     images = tmp_path / "real.npz"
     save(api.sample(plain_pipeline, **SAMPLING), images)
@@ -60,14 +71,36 @@ def test_against_images(plain_pipeline: Path, feature_network: Path, tmp_path: P
     assert numbers["psnr"] is numbers["ssim"] is numbers["step_error"] is None
 
 
-def test_bad_input(plain_pipeline: Path, tmp_path: Path) -> None:
+def test_bad_input(plain_pipeline: Path, feature_network: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no feature network"):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(BitstepError, match="expected a TorchScript network"):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "text.pt")
-    save(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), tmp_path / "real.npz")
+    save(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), tmp_path / "real.npz")
     with pytest.raises(UsageError, match="add --features"):
         api.evaluate(plain_pipeline, against=tmp_path / "real.npz")
+    with pytest.raises(UsageError, match="expected at least 2"):
+        api.evaluate(plain_pipeline, against=tmp_path / "real.npz", features=feature_network)
+    with pytest.raises(UsageError, match="steps 0 is too small"):
+        api.evaluate(plain_pipeline, against=plain_pipeline, steps=0)
+    with pytest.raises(UsageError, match=r"sample is \[1, 3, 8, 8\], that of the other \[1, 3, 32, 32\]"):
+        api.evaluate(plain_pipeline, against="demo:fruits32")
     with pytest.raises(UsageError, match="--tile"):
         api.evaluate(plain_pipeline, against=plain_pipeline, tile=32)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (torch.nn.Identity(), r"makes \[1, 3, 8, 8\] of images \[1, 8, 8, 3\]"),
+        (torch.nn.Linear(9, 9), "fails on images"),
+    ],
+)
+def test_a_feature_network_is_tried_before_the_work(
+    network: torch.nn.Module, message: str, plain_pipeline: Path, tmp_path: Path
+) -> None:
+    torch.jit.trace(network, torch.zeros(1, 3, 9, 9)).save(str(tmp_path / "network.pt"))
+    with pytest.raises(BitstepError, match=message):
+        api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "network.pt", **SAMPLING)

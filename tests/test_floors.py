@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("attention", "errors", "files", "library", "numerics", "preconditioning", "steps", "metrics"),
+    ("arguments", "attention", "errors", "files", "library", "numerics", "preconditioning", "steps", "metrics"),
     ("calls", "recording", "pool", "images", "optim", "quantizers", "randomness", "slots", "structure", "layers"),
     ("surgery",),
     ("methods",),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from packed import random_model
 from pipelines import build
 from torch import nn
@@ -16,6 +17,7 @@ from bitstep import api
 from bitstep.calls import Call, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers
+from bitstep.stages import benchmark
 from bitstep.stages.peers import PEERS, OfTensors
 
 
@@ -62,6 +64,11 @@ def test_a_pipeline_that_is_not_packed_is_refused(plain_pipeline: Path) -> None:
         api.benchmark(plain_pipeline)
 
 
+def test_a_packed_pipeline_on_the_hub(packed_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(packed_pipeline))
+    assert api.inspect("somebody/packed") == api.inspect(packed_pipeline)
+
+
 def test_benchmark_times_each_in_its_own_process(packed_pipeline: Path) -> None:
     numbers = api.benchmark(packed_pipeline, against=["fp32"], rounds=2, batch_size=2)
     packed, full = numbers["rows"]
@@ -83,9 +90,14 @@ def test_benchmark_times_packed_pipelines_side_by_side(packed_pipeline: Path, tm
         api.benchmark(packed_pipeline, against=[str(other)])
 
 
-def test_a_benchmark_that_cannot_run_says_why(packed_pipeline: Path) -> None:
+def test_a_benchmark_that_cannot_run_says_why(packed_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="cannot compare with 'fp64', did you mean"):
-        api.benchmark(packed_pipeline, against=["fp64"])
+        api.benchmark(packed_pipeline, against="fp64")
+    with pytest.raises(UsageError, match="cannot compute on device 'abacus'"):
+        api.benchmark(packed_pipeline, device="abacus")
+    with pytest.raises(UsageError, match="rounds 0 is too small: expected at least 1"):
+        api.benchmark(packed_pipeline, rounds=0)
+    monkeypatch.setattr(benchmark, "check_device", lambda _: None)
     with pytest.raises(BitstepError, match=r"the benchmark of packed failed: .*abacus"):
         api.benchmark(packed_pipeline, against=[], device="abacus")
 

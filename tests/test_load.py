@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from pipelines import build
 
-from bitstep.errors import BitstepError
+from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.load import demos, load
 
 
@@ -26,7 +26,7 @@ def test_a_pipeline_folder_is_loaded_with_its_denoiser(name: str, component: str
     build(name).save_pretrained(tmp_path)
     source = load(tmp_path)
     assert source.name == str(tmp_path)
-    assert source.component == component
+    assert (source.folder, source.component) == (tmp_path, component)
     saved = getattr(build(name), component).state_dict()
     for key, value in source.denoiser.state_dict().items():
         assert value.dtype == torch.float32
@@ -117,7 +117,17 @@ def test_damaged_weights(folder: Path) -> None:
             load(folder)
 
 
-def test_pickled_weights_are_not_touched(folder: Path) -> None:
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(BitstepError, match="safetensors"):
+@pytest.mark.parametrize(
+    ("ending", "options"), [("bin", "use_safetensors=False"), ("fp16.safetensors", "variant='fp16'")]
+)
+def test_only_plain_safetensors_are_loaded(ending: str, options: str, folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(f".{ending}"))
+    with pytest.raises(BitstepError, match=f"unet has no plain safetensors files: load it with .*{options}"):
         load(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_a_device_that_does_not_exist(device: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match=f"cannot compute on device '{device}'"):
+        load(folder, device=device)

@@ -21,7 +21,6 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.preconditioning import Preconditioning, fit, moments, sample_name, shared
 from bitstep.recipe import resolve
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source, load
 from bitstep.stages.precondition import check, finished, precondition
 from bitstep.stages.prepare import prepare
@@ -117,7 +116,7 @@ def preconditioned(source: Source, steps: int, averaged: float | None) -> tuple[
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     student, tables = preconditioned(source, 3, averaged=1)
     pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
 
@@ -138,7 +137,7 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
 
 def test_a_denoiser_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = build("ddim")
-    source = Source("ddim", pipeline, denoiser_name(pipeline))
+    source = Source("ddim", pipeline)
     pool = next(stream(source, images=1, batch_size=1, steps=1, seed=0))
     check(source.denoiser, pool)
     call, target = pool.batch([0])
@@ -174,8 +173,7 @@ def test_trajectories_end_nearest_with_what_is_measured() -> None:
 
 def test_what_would_only_do_harm_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitstep.stages.precondition.AVERAGED", (0.01,))  # all that is not the sample's, nearly removed
-    pipeline = build("ddim")
-    _, tables = preconditioned(Source("ddim", pipeline, denoiser_name(pipeline)), 3, averaged=None)
+    _, tables = preconditioned(Source("ddim", build("ddim")), 3, averaged=None)
     assert bool((tables.out == 1).all() & (tables.skip == 0).all())
 
 

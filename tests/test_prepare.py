@@ -15,7 +15,6 @@ from bitstep.pool import Pool
 from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
@@ -25,7 +24,7 @@ from bitstep.stages.ranges import VALUES_PER_STEP, observe
 def source(name: str) -> Source:
     pipeline = build(name)
     pipeline.set_progress_bar_config(disable=True)
-    found = Source(name, pipeline, denoiser_name(pipeline))
+    found = Source(name, pipeline)
     found.denoiser.requires_grad_(False).eval()
     return found
 

@@ -9,7 +9,7 @@ from packed import some_bits
 
 from bitstep.errors import UsageError
 from bitstep.methods import METHODS
-from bitstep.methods.base import UniformWeights
+from bitstep.methods.base import Calibration, Method, UniformWeights
 from bitstep.recipe import parse_bits, resolve
 
 
@@ -58,6 +58,13 @@ def test_a_file_mixes_slots(tmp_path: Path) -> None:
     assert method.layers.rules[0].weight_bits == 8
 
 
+def test_a_file_without_a_base_starts_from_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("weights: {kind: uniform, symmetric: false}\n")
+    method = resolve(path, "W4A4", "full", ["calibration.images=2"]).method
+    assert method == Method(name="mine", weights=UniformWeights(symmetric=False), calibration=Calibration(images=2))
+
+
 def test_a_file_has_the_last_word_over_the_effort_of_its_base(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: efficientdm\ncalibration: {images: 7}\nefforts: {quick: {weights.rank: 3}}\n")
@@ -100,6 +107,7 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
         ("efficientdm", "W4A4", ["weights.rnk=3"], "did you mean 'rank'"),
         ("best", "W2A8", ["weights.rank=3"], "unknown recipe key 'weights.rank' where kind is 'binary'$"),
         ("efficientdm", "W4A4", ["wieghts.rank=3"], "did you mean 'weights'"),
+        ("efficientdm", "W4A4", ["bits=W2A2"], "unknown recipe key 'bits'(?!.*mean 'bits')"),
         (
             "dilatequant",
             "W4A4",

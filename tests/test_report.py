@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import bitstep
+from bitstep import api
 from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.sample import grid
 
@@ -46,16 +47,16 @@ class Page(HTMLParser):
 
 
 def test_says_what_the_other_verbs_say(packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:
-    path = bitstep.report([packed_pipeline], out=tmp_path / "new" / "r.html", against=plain_pipeline, num=4, steps=3)
+    path = bitstep.report(packed_pipeline, out=tmp_path / "new" / "r.html", against=plain_pipeline, num=4, steps=3)
     page, facts = Page(path), bitstep.inspect(packed_pipeline)
-    numbers = bitstep.evaluate(packed_pipeline, against=plain_pipeline, num=4, steps=3, seed=1)
+    numbers = bitstep.evaluate(packed_pipeline, against=plain_pipeline, num=4, steps=3)
     assert f"{numbers['psnr']:.1f} dB" in page.text
     assert f"{facts['compression']:.1f}x" in page.text
     assert all(layer["name"] in page.text for layer in facts["layers"])
     images = page.images()
     sources = {str(packed_pipeline): packed_pipeline, f"{plain_pipeline}, full precision": plain_pipeline}
     for title, source in sources.items():
-        expected = grid(bitstep.sample(source, num=4, steps=3, seed=1))
+        expected = grid(bitstep.sample(source, num=4, steps=3))
         assert np.array_equal(np.array(Image.open(io.BytesIO(images[title]))), np.array(expected))
     assert b"<svg" in images["Error by timestep"]
     assert list(path.parent.iterdir()) == [path]
@@ -89,11 +90,20 @@ def test_a_name_is_no_code(packed_pipeline: Path, plain_pipeline: Path, tmp_path
     assert str(hostile) in page.text
 
 
-def test_bad_input_leaves_nothing(packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path) -> None:
+def test_bad_input_leaves_nothing(
+    packed_pipeline: Path, plain_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match=r"ends in \.html"):
         bitstep.report([packed_pipeline], out=tmp_path / "r.pdf")
     with pytest.raises(UsageError, match="is a file"):
         bitstep.report([packed_pipeline], out=packed_pipeline / "model_index.json" / "r.html")
     with pytest.raises(BitstepError, match="not packed"):
         bitstep.report([plain_pipeline], out=tmp_path / "r.html", num=2, steps=2)
+    with pytest.raises(UsageError, match="at least one packed folder"):
+        bitstep.report([], out=tmp_path / "r.html")
+    with pytest.raises(UsageError, match="num 1 is too small: expected at least 2"):
+        bitstep.report(packed_pipeline, out=tmp_path / "r.html", num=1)
+    monkeypatch.setattr(api, "_sample", pytest.fail)
+    with pytest.raises(UsageError, match="cannot be compared with demo:fruits32: its denoiser's sample is "):
+        bitstep.report(packed_pipeline, out=tmp_path / "r.html", against="demo:fruits32")
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
 from bitstep.methods.base import Effort
 from bitstep.recipe import resolve
-from bitstep.run_folder import LOSS, RUN
+from bitstep.run_folder import LOSS, RUN, RunFolder
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student
+from bitstep.stages.sample import save
 
 TINY = [
     "calibration.images=4",
@@ -125,6 +127,18 @@ def test_the_result_is_an_ordinary_pipeline_folder(teacher: str, tmp_path: Path)
     assert record["versions"]["torch"] == torch.__version__
 
 
+def test_only_the_denoiser_becomes_another_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "half"
+    build("stable_diffusion").to(torch.float16).save_pretrained(source)
+    capfd.readouterr()
+    out = run.quantize(source, out=tmp_path / "out", **tiny("minmax"))
+    assert capfd.readouterr().err == "", "neither diffusers nor transformers shows bars"
+    for weights in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / weights).read_bytes() == (source / weights).read_bytes()
+    config = json.loads((out / "text_encoder" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+
+
 def test_training_reduces_the_loss_and_pays_against_rounding(tmp_path: Path) -> None:
     """On the model that comes with the package, a few seconds of EfficientDM beat plain rounding."""
     small = [
@@ -163,7 +177,7 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
         run.quantize(
             teacher,
             out=tmp_path / "rule",
-            **tiny("minmax", overrides=[*TINY, "layers.rules=[{match: nope}]"]),
+            **tiny("minmax", overrides="layers.rules=[{match: nope}]"),
         )
     with pytest.raises(BitstepError, match="does not exist"):
         run.quantize("nowhere", out=tmp_path / "source", **tiny("minmax"))
@@ -172,8 +186,48 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="takes no prompts"):
         run.quantize(teacher, out=tmp_path / "prompts", prompts=prompts, **tiny("minmax"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["occupied", "prompts.txt"]
-    run.quantize(teacher, out=occupied, overwrite=True, **tiny("minmax"))
-    assert not (occupied / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(("out", "message"), [("source", "it holds .*source"), ("source/unet", "not written by")])
+def test_overwriting_spares_the_source(out: str, message: str, tmp_path: Path) -> None:
+    build("ddim").save_pretrained(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        run.quantize(tmp_path / "source", out=tmp_path / out, overwrite=True, **tiny("minmax"))
+    assert len(weights(tmp_path / "source")) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_only_what_bitstep_wrote_is_overwritten(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for precious in ("precious", "out.partial"):
+        (tmp_path / precious).mkdir()
+        (tmp_path / precious / "text").write_text("mine")
+    for out in (".", "", "/"):
+        with pytest.raises(UsageError, match="is not empty"):
+            run.quantize(teacher, out=out, **tiny("minmax"))
+    for out in (".", "precious", "out"):
+        with pytest.raises(UsageError, match="not written by bitstep"):
+            run.quantize(teacher, out=out, overwrite=True, **tiny("minmax"))
+    (tmp_path / "out.partial" / "text").unlink()
+    assert run.quantize(teacher, out="out", **tiny("minmax")) == Path("out")
+    before = (tmp_path / "out" / "run" / RUN).stat().st_ino
+    (tmp_path / "out" / "photos").mkdir()
+    with pytest.raises(UsageError, match=r"holds .*photos"):
+        RunFolder.claim(Path("out"), {}, keep=[Path("out/photos")], resume=False, overwrite=True)
+    run.quantize(teacher, out="out", overwrite=True, **tiny("minmax"))
+    assert (tmp_path / "out" / "run" / RUN).stat().st_ino != before
+    assert (tmp_path / "precious" / "text").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
+    for _ in range(2):
+        work = claim()
+        assert work is not None
+        with pytest.raises(UsageError, match=r"a run is under way in .*out\.partial"):
+            claim()
+        work.leave()
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_is_packed_already_is_refused(packed_pipeline: Path, tmp_path: Path) -> None:
@@ -186,6 +240,33 @@ def test_a_typo_in_a_rule_is_found_before_anything_runs(teacher: str, tmp_path: 
     overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear}]"]
     with pytest.raises(UsageError, match="matches no layer"):
         run.quantize(teacher, out=tmp_path / "out", **tiny("minmax", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("ddim", "text.png", "cannot read the picture .*text.png"),
+        ("ddim", "9x9.png", "9x9 pixels is no mosaic of 8x8 tiles"),
+        ("ddim", "9x9.npz", r"come as \[3, 9, 9\] to the denoiser, which takes \[3, 8, 8\]"),
+        ("stable_diffusion", "8x8.png", "conditional denoiser .*encoder_hidden_states"),
+        ("flux", "8x8.png", "conditional denoiser"),
+    ],
+)
+def test_images_that_do_not_fit_are_found_before_anything_runs(
+    kind: str, name: str, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run, "record", pytest.fail)
+    build(kind).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / name
+    if name == "text.png":
+        path.write_text("text")
+    else:
+        save(torch.zeros(1, int(name[0]), int(name[0]), 3, dtype=torch.uint8), path)
+    data = path if path.suffix == ".npz" else path.parent
+    with pytest.raises(BitstepError, match=message):
+        run.quantize(tmp_path / "teacher", out=tmp_path / "out", data=data, **tiny("lsq"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data", "teacher"]
 
 
 def test_a_method_without_training_shows_no_training(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from PIL import Image
 from pipelines import build
 from torch import nn
@@ -69,6 +71,23 @@ def test_an_unknown_backend_is_refused(packed_pipeline: Path) -> None:
         api.sample(packed_pipeline, num=1, steps=1, backend="abacus")
 
 
+def test_class_labels_may_be_left_out_where_there_are_no_classes() -> None:
+    pipeline = ConsistencyModelPipeline(build("ddim").unet, CMStochasticIterativeScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    assert sample(pipeline, num=1, batch_size=1, steps=2, seed=0).shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("numbers", [{"num": 0}, {"steps": 0}, {"batch_size": 0}])
+def test_there_is_something_to_do(numbers: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=" 0 is too small: expected at least 1"):
+        api.sample("a source that does not exist", **numbers)
+
+
+def test_more_steps_than_there_are_timesteps() -> None:
+    with pytest.raises(UsageError, match="DDIMPipeline samples in at most 1000 steps: got 1001"):
+        sample(build("ddim"), num=1, batch_size=1, steps=1001, seed=0)
+
+
 def test_steps_default_to_the_pipelines_own() -> None:
     assert default_steps(build("ddim")) == 50
     assert default_steps(build("ddpm")) == 1000
@@ -123,10 +142,15 @@ def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path) -> None:
         api.sample("a source that does not exist", out=tmp_path / "images.gif")
 
 
-def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_place_that_takes_no_file_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is a file"):
-        api.sample("a source that does not exist", out=tmp_path / "file" / "images.png")
+    (tmp_path / "folder.png").mkdir()
+    for out, message in {"file/images.png": "file is a file", "folder.png": "it is a folder"}.items():
+        with pytest.raises(UsageError, match=message):
+            api.sample("a source that does not exist", out=tmp_path / out)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, who may run the tests, may write anywhere
+    with pytest.raises(UsageError, match=f"{tmp_path} is not to be written to"):
+        api.sample("a source that does not exist", out=tmp_path / "new" / "images.png")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

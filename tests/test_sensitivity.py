@@ -11,7 +11,7 @@ from pipelines import BUILDERS, build
 
 from bitstep.methods.base import Context
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name, generate_batch
+from bitstep.stages.generate import generate_batch
 from bitstep.stages.load import Source
 from bitstep.stages.sensitivity import sensitivity
 
@@ -19,7 +19,7 @@ from bitstep.stages.sensitivity import sensitivity
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_pipeline_is_measured_and_left_as_it_was(name: str) -> None:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
 
     def sample() -> torch.Tensor:
         return generate_batch(pipeline, [0], output_type="pt", steps=2, seed=0)
@@ -34,7 +34,7 @@ def test_every_pipeline_is_measured_and_left_as_it_was(name: str) -> None:
 
 def test_the_last_step_has_the_coefficient_of_the_sampler() -> None:
     pipeline = build("stable_diffusion")
-    source = Source("stable_diffusion", pipeline, "unet")
+    source = Source("stable_diffusion", pipeline)
     found = sensitivity(source, torch.tensor([0.0]), steps=4, seed=0, guidance_scale=1.0)
     # x_0 = a' (x - sigma eps) / a + sigma' eps, from the last timestep (a, sigma) to the final one (a', sigma')
     products = pipeline.scheduler.alphas_cumprod
@@ -44,7 +44,7 @@ def test_the_last_step_has_the_coefficient_of_the_sampler() -> None:
 
 
 def test_interpolation_is_between_measured_timesteps() -> None:
-    source = Source("ddim", build("ddim"), "unet")
+    source = Source("ddim", build("ddim"))
     two = sensitivity(source, torch.tensor([499.0, 999.0]), steps=2, seed=0)
     three = sensitivity(source, torch.tensor([499.0, 749.0, 999.0]), steps=2, seed=0)
     assert torch.equal(three[[0, 2]], two)
@@ -52,7 +52,7 @@ def test_interpolation_is_between_measured_timesteps() -> None:
 
 
 def test_weights_follow_the_sensitivity_of_each_sample() -> None:
-    pool = next(stream(Source("ddim", build("ddim"), "unet"), images=2, batch_size=2, steps=2, seed=0))
+    pool = next(stream(Source("ddim", build("ddim")), images=2, batch_size=2, steps=2, seed=0))
     rest: dict[str, Any] = dict.fromkeys(("teacher", "student", "structure", "cursor", "stream", "folder"))
     context = Context(layers={}, pool=pool, seed=0, sensitivity=torch.tensor([1.0, 16.0]), **rest)
     late, early = pool.timesteps.float()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bitstep.calls import Call
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source
 from bitstep.structure import Structure, blocks, trace
 
@@ -38,7 +37,7 @@ EMBEDDINGS = {
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Structure]:
     pipeline = build(name)
-    source = Source(name, pipeline, denoiser_name(pipeline))
+    source = Source(name, pipeline)
     call, _ = next(stream(source, images=2, batch_size=2, steps=2, seed=0)).batch([0, 3])
     return source.denoiser, trace(source.denoiser, call)
 

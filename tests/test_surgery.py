@@ -10,7 +10,6 @@ from torch import nn
 
 from bitstep.errors import UsageError
 from bitstep.stages.calibrate import stream
-from bitstep.stages.generate import denoiser_name
 from bitstep.stages.load import Source
 from bitstep.structure import Structure, trace
 from bitstep.surgery import Plan, Rule, plan
@@ -19,7 +18,7 @@ from bitstep.surgery import Plan, Rule, plan
 def _source(name: str) -> Source:
     pipeline = build(name)
     pipeline.set_progress_bar_config(disable=True)
-    return Source(name, pipeline, denoiser_name(pipeline))
+    return Source(name, pipeline)
 
 
 def _traced(name: str) -> tuple[nn.Module, Structure]:

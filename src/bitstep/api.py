@@ -10,22 +10,22 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bitstep.arguments import at_least, several
 from bitstep.errors import UsageError
+from bitstep.files import check_path, write_atomically
 from bitstep.run import quantize as quantize
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
+from bitstep.stages.evaluate import check_comparable, paired
 from bitstep.stages.evaluate import evaluate as _evaluate
-from bitstep.stages.evaluate import paired
 from bitstep.stages.generate import Sampling, read_prompts
 from bitstep.stages.inspect import inspect as inspect
 from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
 from bitstep.stages.report import Reference, describe, page
-from bitstep.stages.sample import Progress, check_path, default_steps, grid, holds_images, read, save, write_atomically
+from bitstep.stages.sample import SAVED, Progress, default_steps, grid, holds_images, read, save
 from bitstep.stages.sample import sample as _sample
-
-UNSEEN = 1  # a seed whose noise `quantize`, with its default seed, was not fitted to
 
 
 def sample(
@@ -46,7 +46,8 @@ def sample(
     The same seed gives the same noise for every model, image by image. ``steps`` None is the pipeline's default;
     ``backend`` forces one kernel for every packed layer.
     """
-    path = None if out is None else check_path(Path(out))
+    at_least(1, num=num, steps=steps, batch_size=batch_size)
+    path = None if out is None else check_path(Path(out), "images", SAVED)
     model = _load(source, device, backend)
     images = _sample(
         model.pipeline,
@@ -79,6 +80,8 @@ def evaluate(
 
     See :func:`bitstep.stages.evaluate.evaluate` for what is measured, :func:`bitstep.stages.sample.read` for ``tile``.
     """
+    at_least(2, num=num)
+    at_least(1, steps=steps, batch_size=batch_size, tile=tile)
     real = holds_images(Path(against))
     if tile and not real:
         raise UsageError(f"--tile is for mosaics of real images, which {against} does not hold")
@@ -96,13 +99,13 @@ def evaluate(
 
 
 def report(
-    directories: Sequence[str | Path],
+    directories: str | Path | Sequence[str | Path],
     *,
     out: str | Path,
     against: str | Path | None = None,
     num: int = 16,
     steps: int | None = None,
-    seed: int = UNSEEN,
+    seed: int = 0,
     batch_size: int = 16,
     prompts: str | Path | None = None,
     device: str = "cpu",
@@ -113,14 +116,19 @@ def report(
     Size, operations, kernels, step sizes over time, pictures from the same noise; with ``against``, the pipeline they
     were made from, also PSNR, SSIM and the error at every timestep. ``steps`` None is the first pipeline's default.
     """
+    at_least(2, num=num)
+    at_least(1, steps=steps, batch_size=batch_size)
     path = check_path(Path(out), "a report", (".html",))
-    models = [load(directory, device=device) for directory in directories]
+    models = [load(directory, device=device) for directory in several(directories)]
+    if not models:
+        raise UsageError("there is nothing to report on: give at least one packed folder")
     for model in models:
         packed_manifest(model)  # refuses what is not packed before anything is sampled
     sampling = _sampling(models[0], steps, seed, read_prompts(prompts))
     reference = None
     if against is not None:
         full = load(against, device=device)
+        check_comparable(models, full, **sampling)
         reference = Reference(full, _sample(full.pipeline, num=num, batch_size=batch_size, **sampling))
     entries = describe(models, reference, num=num, batch_size=batch_size, progress=progress, **sampling)
     text = page(entries, reference, num=num, **sampling)
@@ -134,8 +142,9 @@ def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) ->
     Returns ``rows`` (recipe, PSNR, SSIM, compression, minutes) and the path of the ``picture``.
     """
     source, bits, folder = "demo:fruits32", "W4A4", Path(out)
+    seed = 1  # of the pictures that the README shows
     recipes: dict[str, tuple[str, ...]] = {"minmax": ("calibration.images=8",), "best": ()}
-    reference = sample(source, seed=UNSEEN)
+    reference = sample(source, seed=seed)
     panels, rows = {"full precision": reference}, []
     for recipe, overrides in recipes.items():
         start = time.monotonic()
@@ -150,7 +159,7 @@ def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) ->
             progress=progress,
         )
         minutes = (time.monotonic() - start) / 60
-        panels[f"{recipe} {bits}"] = images = sample(packed, seed=UNSEEN)
+        panels[f"{recipe} {bits}"] = images = sample(packed, seed=seed)
         compression = inspect(packed)["compression"]
         rows.append({"recipe": recipe, "bits": bits, **paired(images, reference)})
         rows[-1] |= {"compression": compression, "minutes": minutes}

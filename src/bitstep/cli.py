@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bitstep import __version__
 from bitstep.errors import BitstepError, UsageError
+from bitstep.files import check_path, write_atomically
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -32,15 +33,22 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Source = Annotated[
     str, typer.Argument(help="A diffusers pipeline folder, a Hub id, demo:NAME, or the folder of a single component.")
 ]
-Packed = Annotated[Path, typer.Argument(help="A folder written by `bitstep quantize`.")]
+Packed = Annotated[str, typer.Argument(help="A folder written by `bitstep quantize`, or its Hub id.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same noise for every model, image by image.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default if not given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")]
 Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt a line; built-in ones if not given.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=lambda path: path and check_path(path, "numbers", (".json",)),
+        help="Also write the numbers to this .json file.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what bitstep wrote to the output folder.")]
 
 
 def _version(wanted: bool) -> None:
@@ -71,7 +79,9 @@ def quantize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SLOT.KEY=VALUE", help="Change one value of the recipe.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of training images, for recipes that use data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or .npz file of training images, for recipes that use them.")
+    ] = None,
     prompts: Prompts = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to run; CUDA where there is one, if not given.")] = None,
@@ -233,14 +243,14 @@ def benchmark(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Folders written by `bitstep quantize`.")],
+    directories: Annotated[list[str], typer.Argument(help="Folders written by `bitstep quantize`, or their Hub ids.")],
     out: Annotated[Path, typer.Option(help="The .html page, which needs no other file.")] = Path("report.html"),
     against: Annotated[
         str | None, typer.Option(help="The full-precision SOURCE they were made from: adds pictures and errors.")
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 16,
     steps: Steps = None,
-    seed: Seed = 1,
+    seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
     device: Device = "cpu",
@@ -332,7 +342,8 @@ def _quieten_libraries() -> None:
 
 def _write(numbers: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(numbers, indent=2) + "\n")
+        text = json.dumps(numbers, indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _print(numbers: Mapping[str, Any]) -> None:

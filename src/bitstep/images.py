@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from bitstep.calls import Call
 from bitstep.errors import BitstepError
 
 
@@ -41,11 +42,15 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def noised(self, indices: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Images ``indices`` at random training timesteps: noisy samples, timesteps ``[n]``, and the targets."""
+    def clean(self, indices: Tensor) -> Tensor:
+        """Images ``indices`` as the denoiser learned them, without noise."""
         pictures = self.pixels[indices].movedim(-1, 1).float() / 127.5 - 1
         with torch.no_grad():
-            clean = self.encode(pictures)
+            return self.encode(pictures)
+
+    def noised(self, indices: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``indices`` at random training timesteps: noisy samples, timesteps ``[n]``, and the targets."""
+        clean = self.clean(indices)
         noise = torch.randn(clean.shape, generator=random)
         timesteps = torch.randint(len(self.schedule.betas), (len(clean),), generator=random)
         targets: dict[str, Callable[[], Tensor]] = {
@@ -55,6 +60,16 @@ class TrainingImages:
         }
         target = targets[self.schedule.config.prediction_type]()
         return self.schedule.add_noise(clean, noise, timesteps), timesteps, target
+
+
+def unconditional(call: Call) -> tuple[str, str]:
+    """Names of the sample and of the timestep, the only tensors of an unconditional denoiser's call."""
+    tensors = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
+    timestep = next(name for name in tensors if call.arguments[name] is call.timestep)
+    if len(tensors) != 2:
+        others = ", ".join(name for name in tensors if name != timestep)
+        raise BitstepError(f"images alone cannot train a conditional denoiser (it takes {others}): leave --data out")
+    return next(name for name in tensors if name != timestep), timestep
 
 
 def enlargement(pipeline: Any) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bitstep.errors import UsageError
 from bitstep.methods import METHODS, named
@@ -27,7 +27,7 @@ from bitstep.surgery import WEIGHT_ONLY_BITS
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)A(\d+)")
 
 
-class Recipe(Slot):
+class Recipe(BaseModel, frozen=True):
     """All that decides the result, besides the source and the seed."""
 
     bits: str
@@ -87,15 +87,18 @@ def _from_name(name: Any, weight_bits: float, activation_bits: int) -> dict[str,
 
 
 def _from_file(path: Path, weight_bits: float, activation_bits: int) -> list[dict[str, Any]]:
-    """The method that a file starts from, if any, and what the file says."""
+    """The method that a file starts from, or the slots' defaults, and what the file says."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
-    base = [_from_name(content.pop("base"), weight_bits, activation_bits)] if "base" in content else []
-    return [*base, {"name": path.stem, **content}]
+    if "base" in content:
+        base = _from_name(content.pop("base"), weight_bits, activation_bits)
+    else:
+        base = Method(name=path.stem).model_dump(mode="json")
+    return [base, {"name": path.stem, **content}]
 
 
 def _settings_of(effort: Effort, layer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -146,7 +146,7 @@ class Recorder:
         Length alone does not tell (position ids of 16 tokens in a batch of 16).
         """
         leaves = self._leaves[0]
-        device = next(self._denoiser.parameters()).device
+        device = next(itertools.chain(self._denoiser.parameters(), self._denoiser.buffers())).device
 
         def computed(tensors: dict[str, Tensor]) -> Tensor:
             with torch.no_grad():

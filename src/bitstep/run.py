@@ -15,19 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from bitstep.arguments import several
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
-from bitstep.images import TrainingImages, enlargement
+from bitstep.images import TrainingImages, enlargement, unconditional
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
-from bitstep.pool import Pool
 from bitstep.recipe import Recipe, resolve
 from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
-from bitstep.stages.calibrate import record
+from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import Sampling, read_prompts
-from bitstep.stages.load import Source, load
+from bitstep.stages.load import Source, load, stored_dtype, without_progress_bars
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.precondition import check, precondition
 from bitstep.stages.prepare import Student, prepare
@@ -47,7 +47,7 @@ def quantize(
     recipe: str | Path = "best",
     bits: str = "W4A4",
     effort: Effort = "standard",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     data: str | Path | None = None,
     prompts: str | Path | None = None,
     seed: int = 0,
@@ -62,12 +62,14 @@ def quantize(
     work and BitstepError for what fails on the way; ``out`` then does not exist.
     """
     source, out = str(source), Path(out)
-    resolved = resolve(recipe, bits, effort, overrides)
+    resolved = resolve(recipe, bits, effort, several(overrides))
     texts = read_prompts(prompts)
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
     if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
         raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
     if data is not None and not holds_images(Path(data)):
-        raise UsageError(f"{data} holds no images: expected a folder of pictures")
+        raise UsageError(f"{data} holds no images: expected a folder of pictures, or an .npz file")
     identity = {
         "source": source,
         "seed": seed,
@@ -76,7 +78,8 @@ def quantize(
         "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
-    work = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
+    keep = [Path(path) for path in (source, data) if path is not None]
+    work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
         return out
     report = _Report(progress)
@@ -87,14 +90,15 @@ def quantize(
             raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
         check_rules(loaded.denoiser, resolved.method.layers.rules)
         loaded.denoiser.requires_grad_(False).eval()
+        images = None if data is None else _read_images(Path(data), loaded, texts)
         torch.manual_seed(seed)
-        student = _fit(loaded, resolved, work, seed, texts, data, report)
+        student = _fit(loaded, resolved, work, seed, texts, images, report)
         _pack(loaded, student, resolved, work, report)
     except (OSError, SafetensorError) as error:
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
-        work.discard_unless_begun()
+        work.leave()
     return out
 
 
@@ -104,7 +108,7 @@ def _fit(
     work: RunFolder,
     seed: int,
     prompts: list[str] | None,
-    data: str | Path | None,
+    images: TrainingImages | None,
     report: _Report,
 ) -> Student:
     """Record, calibrate, train."""
@@ -130,7 +134,7 @@ def _fit(
     if method.output.preconditioned:
         check(teacher, pool)
     found = importance = None
-    distilled = [p.objective for p in method.training if data is None or not p.objective.wants_images]
+    distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
         with report.bar("measure how far errors carry") as update:
             found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
@@ -156,7 +160,7 @@ def _fit(
         pool=pool,
         folder=work.path,
         seed=seed,
-        images=None if data is None else _read_images(Path(data), source, pool),
+        images=images,
         sensitivity=found,
     )
     if method.training:
@@ -203,7 +207,10 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
         recipe=recipe.model_dump(mode="json"),
         attention=packed_attention(student.attention, student.plan),
     )
-    setattr(source.pipeline, source.component, packed)
+    assert source.folder is not None
+    for name, component in source.pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name != source.component:
+            component.to(stored_dtype(source.folder / name))  # it was computed with in float32
     source.pipeline.register_modules(**{source.component: packed})
     plan = {
         "coverage": student.plan.coverage,
@@ -213,7 +220,8 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
         "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
         "folded": student.folded,
     }
-    work.publish(source.pipeline.save_pretrained, plan)
+    with without_progress_bars():
+        work.publish(source.pipeline.save_pretrained, plan)
     report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
     if student.rewritten:
         folded = sum(len(readers) for readers in student.folded.values())
@@ -248,9 +256,14 @@ class _Report:
             yield update
 
 
-def _read_images(folder: Path, source: Source, pool: Pool) -> TrainingImages:
-    """Pictures of the denoiser's size, or mosaics of such."""
-    call, _ = pool.batch([0])
-    sample = next(value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
-    pixels = read(folder, tile=sample.shape[-1] * enlargement(source.pipeline))
-    return TrainingImages.of_pipeline(pixels, source.pipeline)
+def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:
+    """Images of the denoiser's size, or mosaics of such; refused before anything is recorded where they do not fit."""
+    call, _ = next(stream(source, images=1, batch_size=1, steps=1, seed=0, prompts=prompts)).batch([0])
+    name, _ = unconditional(call)
+    sample = call.arguments[name]
+    tile = None if data.suffix == ".npz" else sample.shape[-1] * enlargement(source.pipeline)
+    images = TrainingImages.of_pipeline(read(data, tile), source.pipeline)
+    found, expected = images.clean(torch.tensor([0])).shape[1:], sample.shape[1:]
+    if found != expected:
+        raise UsageError(f"the images in {data} come as {list(found)} to the denoiser, which takes {list(expected)}")
+    return images

@@ -1,6 +1,7 @@
 """The folder of a run that survives being killed: what it was asked, what it has found, how far training has come.
 
 OUT.partial/           while the run is under way
+    lock               held by the process that runs
     run.json           source, seed, resolved recipe, library versions: what a resumed run must agree with
     pool/              recorded full-precision trajectories
     sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
@@ -22,6 +23,7 @@ from typing import Any, Self
 
 import diffusers
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +35,7 @@ from bitstep.methods.base import Context
 from bitstep.pool import INDEX
 from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments, trained_tensors
 
-RUN, STATE, LOSS, PLAN = "run.json", "state.safetensors", "loss.csv", "plan.json"
+LOCK, RUN, STATE, LOSS, PLAN = "lock", "run.json", "state.safetensors", "loss.csv", "plan.json"
 
 Loss = tuple[int, int, int, float]
 """Phase, unit, iteration, loss."""
@@ -41,40 +43,62 @@ Loss = tuple[int, int, int, float]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder ``path`` of an unfinished run whose result will be ``out``."""
+    """The folder ``path`` of an unfinished run whose result will be ``out``, and the lock on it."""
 
     path: Path
     out: Path
+    lock: FileLock
 
     @classmethod
-    def claim(cls, out: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Self | None:
+    def claim(
+        cls, out: Path, identity: Mapping[str, Any], *, keep: Sequence[Path], resume: bool, overwrite: bool
+    ) -> Self | None:
         """A new folder, or the one to be resumed; None when a resumed run is already finished.
 
-        Raises UsageError where that would destroy something, or where ``identity`` is not that of the resumed run.
+        Raises UsageError where a run is under way, where anything in ``keep`` or not written by bitstep would be
+        destroyed, or where ``identity`` is not that of the resumed run.
         """
-        path = out.with_name(out.name + ".partial")
+        out = out.resolve()
+        path = out.parent / f"{out.name}.partial"
         identity = json.loads(json.dumps(identity))
         if resume and not path.exists() and _read_identity(out / "run" / RUN) == identity:
             return None
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-            raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
-        if path.exists() and not (resume or overwrite):
-            raise UsageError(
-                f"{path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
-            )
-        if path.exists() and resume:
-            if _read_identity(path / RUN) != identity:
-                raise UsageError(
-                    f"{path} holds a run with another source, seed or recipe: repeat its options, or --overwrite"
-                )
-            return cls(path, out)
-        shutil.rmtree(path, ignore_errors=True)
+        if _holds(out):
+            if not overwrite:
+                raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
+            _check_replaceable(out, out / "run" / RUN, keep)
+        if _holds(path) - {LOCK}:
+            _check_replaceable(path, path / RUN, keep)
+        work = cls(path, out, _locked(path))
         try:
-            path.mkdir(parents=True)
-            _write_json(path / RUN, {**identity, "versions": _versions()})
+            work._begin(identity, resume=resume, overwrite=overwrite)
+        except BaseException:
+            work.leave()
+            raise
+        return work
+
+    def _begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        if self._has_records():
+            if not (resume or overwrite):
+                raise UsageError(
+                    f"{self.path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
+                )
+            if resume and _read_identity(self.path / RUN) != identity:
+                raise UsageError(
+                    f"{self.path} holds a run with another source, seed or recipe: repeat its options, or --overwrite"
+                )
+            if resume:
+                return
+        try:
+            for name in _holds(self.path) - {LOCK}:
+                entry = self.path / name
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _write_json(self.path / RUN, {**identity, "versions": _versions()})
         except OSError as error:
-            raise BitstepError(f"cannot write {path}: {error.strerror}") from error
-        return cls(path, out)
+            raise _cannot_write(self.path, error) from error
+
+    def _has_records(self) -> bool:
+        return (self.pool / INDEX).exists()
 
     @property
     def pool(self) -> Path:
@@ -136,10 +160,44 @@ class RunFolder:
         folder.rename(self.out)
         shutil.rmtree(self.path)
 
-    def discard_unless_begun(self) -> None:
-        """Remove a folder in which nothing was recorded: there is nothing to go on with."""
-        if not (self.pool / INDEX).exists():
+    def leave(self) -> None:
+        """Let go of the folder, and remove it where nothing was recorded: there is nothing to go on with."""
+        if not self._has_records():
             shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.release()
+
+
+def _holds(folder: Path) -> set[str]:
+    """The names of what is in ``folder``; of itself, where it is a file."""
+    if folder.is_dir():
+        return {entry.name for entry in folder.iterdir()}
+    return {folder.name} if folder.exists() else set()
+
+
+def _check_replaceable(folder: Path, mark: Path, keep: Sequence[Path]) -> None:
+    """Raise UsageError unless ``folder`` may be deleted: it has bitstep's ``mark`` and holds nothing to ``keep``."""
+    for kept in keep:
+        if kept.resolve().is_relative_to(folder):
+            raise UsageError(f"{folder} cannot be replaced, it holds {kept} that is to be read: choose another folder")
+    if not mark.is_file():
+        raise UsageError(f"{folder} was not written by bitstep: choose another folder, or remove this one yourself")
+
+
+def _locked(folder: Path) -> FileLock:
+    """The lock of ``folder``, which is made where it is missing; a process that is killed lets go of it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(f"a run is under way in {folder}: wait for it, or choose another folder") from error
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return lock
+
+
+def _cannot_write(folder: Path, error: OSError) -> BitstepError:
+    return BitstepError(f"cannot write {folder}: {error.strerror}")
 
 
 def _write_json(path: Path, content: Any) -> None:

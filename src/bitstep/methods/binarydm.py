@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from bitstep.calls import Call, run
-from bitstep.errors import BitstepError
+from bitstep.images import unconditional
 from bitstep.layers import FakeQuantized
 from bitstep.methods.base import (
     Activations,
@@ -115,7 +115,7 @@ class DiffusionLoss(Objective):
             yield from TrajectoryDistillation(emphasis=self.emphasis).units(context, phase, start)
             return
         call, _ = context.pool.batch(torch.zeros(phase.batch_size, dtype=torch.int64))
-        sample_name, timestep_name = _unconditional(call)
+        sample_name, timestep_name = unconditional(call)
 
         def loss(iteration: int) -> Tensor:
             indices = draw(len(images), phase.batch_size, context.seed, "images", iteration)
@@ -275,16 +275,6 @@ def _arguments(denoiser: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict
         yield calls
     finally:
         handle.remove()
-
-
-def _unconditional(call: Call) -> tuple[str, str]:
-    """Names of the sample and of the timestep, the only tensors of an unconditional denoiser's call."""
-    tensors = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
-    timestep = next(name for name in tensors if call.arguments[name] is call.timestep)
-    if len(tensors) != 2:
-        others = ", ".join(name for name in tensors if name != timestep)
-        raise BitstepError(f"images alone cannot train a conditional denoiser (it takes {others}): leave --data out")
-    return next(name for name in tensors if name != timestep), timestep
 
 
 _SHORT = {

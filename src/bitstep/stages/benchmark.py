@@ -28,6 +28,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from bitstep.arguments import at_least, check_device, several
 from bitstep.calls import run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.pool import Pool
@@ -46,9 +47,9 @@ WARM_UP = 3
 
 
 def benchmark(
-    directory: Path,
+    directory: str | Path,
     *,
-    against: Sequence[str] = ("fp32", "bf16"),
+    against: str | Sequence[str] = ("fp32", "bf16"),
     batch_size: int = 1,
     rounds: int = 20,
     backend: str | None = None,
@@ -69,12 +70,15 @@ def benchmark(
     kernels: how many layers each kernel runs
     layers: the kernel of every packed layer
     """
+    at_least(1, batch_size=batch_size, rounds=rounds)
+    check_device(device)
+    against = several(against)
     for name in against:
         _check(name)
     if backend is not None:
         named(backend)
     source = _packed(directory)
-    packed = {PACKED: source} | {name: _packed(Path(name)) for name in against if _is_folder(name)}
+    packed = {PACKED: source} | {name: _packed(name) for name in against if _is_folder(name)}
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
         tasks = [
@@ -117,8 +121,8 @@ def _is_folder(name: str) -> bool:
     return name not in DTYPES and name not in PEERS and Path(name).is_dir()
 
 
-def _packed(directory: Path) -> Source:
-    """The pipeline in a folder; raises BitstepError where it is not packed."""
+def _packed(directory: str | Path) -> Source:
+    """The pipeline in a folder or on the Hub; raises BitstepError where it is not packed."""
     source = load(directory)
     packed_manifest(source)
     return source

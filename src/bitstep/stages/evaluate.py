@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitstep.calls import run
+from bitstep.calls import Call, first_tensor, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.metrics import SSIM_WINDOW, frechet_distance, psnr, ssim
 from bitstep.stages.calibrate import stream
@@ -41,9 +42,17 @@ def evaluate(
     frechet_distance: in the features of the network in the file ``features`` (see :func:`extract`); else None
     features: the name of that file, without its ending
     """
-    if features is None and not isinstance(against, Source):
-        raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
     network = None if features is None else load_features(features)
+    if isinstance(against, Source):
+        check_comparable([model], against, **sampling)
+    elif network is None:
+        raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
+    elif len(against) < 2:
+        raise UsageError("one image is no set to compare with: expected at least 2")
+    if network is not None:
+        check_features(network, sample(model.pipeline, num=1, batch_size=1, **_one_step(sampling)))
+        if isinstance(against, Tensor):
+            check_features(network, against[:1])
     images = sample(model.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
     numbers: dict[str, Any] = {
         "source": model.name,
@@ -72,6 +81,41 @@ def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
     return {"psnr": noise if math.isfinite(noise) else None, "ssim": None if small else ssim(images, reference)}
 
 
+def check_comparable(models: Sequence[Source], reference: Source, **sampling: Unpack[Sampling]) -> None:
+    """Raise UsageError where a model's denoiser takes or makes other shapes than that of ``reference``."""
+    expected = _shapes(reference, sampling)
+    for model in models:
+        found = _shapes(model, sampling)
+        for name in expected | found:
+            if found.get(name) != expected.get(name):
+                ours, theirs = found.get(name, "nothing"), expected.get(name, "nothing")
+                raise UsageError(
+                    f"{model.name} cannot be compared with {reference.name}: "
+                    f"its denoiser's {name} is {ours}, that of the other {theirs}"
+                )
+
+
+def _shapes(source: Source, sampling: Sampling) -> dict[str, list[int]]:
+    """Of a picture, and of the tensors that the denoiser takes and returns for it."""
+    shapes: dict[str, list[int]] = {}
+
+    def called(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        arguments = dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)) | kwargs
+        tensors = {**Call(arguments).tensors, "call.output": first_tensor(output)}
+        shapes.update({name.removeprefix("call."): list(x.shape) for name, x in tensors.items() if x.ndim})
+
+    handle = source.denoiser.register_forward_hook(called, with_kwargs=True)
+    try:
+        picture = sample(source.pipeline, num=1, batch_size=1, **_one_step(sampling))
+    finally:
+        handle.remove()
+    return shapes | {"picture": list(picture.shape)}
+
+
+def _one_step(sampling: Sampling) -> Sampling:
+    return {**sampling, "steps": 1}
+
+
 @torch.no_grad()
 def step_error(
     models: Sequence[Source], reference: Source, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
@@ -81,34 +125,45 @@ def step_error(
 
     x are the inputs on the trajectories of ``reference``, so the error of one step does not feed the next.
     """
-    device = next(reference.denoiser.parameters()).device
     totals: list[dict[float, list[float]]] = [{} for _ in models]
     for pool in stream(reference, images=images, batch_size=batch_size, **sampling):
         for step, timestep in reversed(list(enumerate(pool.timesteps.tolist()))):
             call, expected = pool.batch(pool.indices_at(step))
             for model, sums in zip(models, totals, strict=True):
-                output = run(model.denoiser, call.to(device)).cpu()
+                output = run(model.denoiser, call.to(reference.pipeline.device)).cpu()
                 total = sums.setdefault(timestep, [0.0, 0.0])
                 total[0] += (output - expected).double().square().sum().item()
                 total[1] += expected.double().square().sum().item()
     return [{timestep: error / power for timestep, (error, power) in sums.items()} for sums in totals]
 
 
-def load_features(path: Path) -> torch.nn.Module:
+def load_features(path: Path) -> nn.Module:
     """A TorchScript network that takes images ``[N, 3, H, W]`` in 0..255 and returns features ``[N, D]``."""
     if not path.is_file():
         raise UsageError(f"no feature network at {path}: expected a TorchScript file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export's format
         try:
-            network: torch.nn.Module = torch.jit.load(path, map_location="cpu")
+            network: nn.Module = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             raise BitstepError(f"cannot load {path}: expected a TorchScript network") from error
     return network.eval()
 
 
+def check_features(network: nn.Module, images: Tensor) -> None:
+    """Raise BitstepError where ``network`` makes no features ``[N, D]`` of images such as these."""
+    try:
+        features = extract(network, images, 1)
+    except Exception as error:  # TorchScript ends a long message with what went wrong
+        *_, reason = str(error).strip().splitlines()
+        raise BitstepError(f"the feature network fails on images {list(images.shape)}: {reason}") from error
+    if features.ndim != 2:
+        found, given = list(features.shape), list(images.shape)
+        raise BitstepError(f"the feature network makes {found} of images {given}: expected features [N, D]")
+
+
 @torch.no_grad()
-def extract(network: torch.nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def extract(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Features ``[N, D]`` of uint8 images ``[N, H, W, C]``; grey images are repeated over three channels."""
     batches = torch.split(images, batch_size)
     return torch.cat([network(batch.movedim(-1, 1).float().expand(-1, 3, -1, -1)) for batch in batches])

@@ -102,7 +102,8 @@ def generate_batch(
 
     With ``output_type`` "latent" pipelines that can do so leave the decoder out, with "pt" they return pictures.
 
-    Raises UsageError for prompts or guidance given to a pipeline that takes none, BitstepError for a pipeline that
+    Raises UsageError for prompts or guidance given to a pipeline that takes none, and for more steps than its schedule
+    has, BitstepError for a pipeline that
     needs other input (an image, say).
     """
     seed, prompts = sampling["seed"], sampling.get("prompts")
@@ -113,17 +114,21 @@ def generate_batch(
         raise UsageError(f"{name} takes no prompts")
     if guidance_scale is not None and "guidance_scale" not in parameters:
         raise UsageError(f"{name} takes no guidance scale")
+    longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
+    if sampling["steps"] > longest:
+        raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")
     generators = [generator(seed, "noise", number) for number in numbers]
     texts = prompts or PROMPTS
     offered: dict[str, Callable[[], Any]] = {
         "batch_size": lambda: len(numbers),
-        "class_labels": lambda: [_label(seed, number, _classes(pipeline)) for number in numbers],
         "prompt": lambda: [texts[number % len(texts)] for number in numbers],
         "generator": lambda: generators,
         "num_inference_steps": lambda: sampling["steps"],
         "output_type": lambda: output_type,
         "use_resolution_binning": lambda: False,  # images have the denoiser's native size: nothing to bin
     }
+    if classes := _classes(pipeline):
+        offered["class_labels"] = lambda: [_label(seed, number, classes) for number in numbers]
     arguments = {parameter: make() for parameter, make in offered.items() if parameter in parameters}
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
@@ -162,11 +167,9 @@ def _label(seed: int, number: int, classes: int) -> int:
 
 
 def _classes(pipeline: DiffusionPipeline) -> int:
+    """How many class labels the denoiser knows; 0 where it takes none."""
     config = getattr(pipeline, denoiser_name(pipeline)).config
-    count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    if not count:
-        raise BitstepError(f"{type(pipeline).__name__} wants class labels, but its config does not say how many exist")
-    return int(count)
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0
 
 
 def _as_tensor(images: Any) -> Tensor:

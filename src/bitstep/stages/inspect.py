@@ -20,8 +20,8 @@ from bitstep.stages.load import Source, load
 FULL_PRECISION_BYTES = 4  # of a float32 parameter
 
 
-def inspect(directory: Path) -> dict[str, Any]:
-    """The :func:`facts` of the packed pipeline in ``directory``."""
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """The :func:`facts` of the packed pipeline in ``directory``, or of that name on the Hub."""
     return facts(load(directory))
 
 
@@ -95,8 +95,9 @@ def packed_manifest(source: Source) -> Manifest:
 
 def component_folder(source: Source) -> Path:
     """The folder with the denoiser's files: a component of the pipeline's folder, or that folder itself."""
-    folder = Path(source.name)
-    return folder / source.component if (folder / source.component).is_dir() else folder
+    assert source.folder is not None
+    folder = source.folder / source.component
+    return folder if folder.is_dir() else source.folder
 
 
 def model_class(component: Path) -> type[ModelMixin]:

@@ -7,14 +7,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
+from bitstep.arguments import check_device
 from bitstep.errors import BitstepError
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
@@ -23,15 +27,21 @@ _DEMOS = (
     Path(__file__).parents[3] / "models",  # larger ones, in a checkout of the repository only
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_VARIANT = re.compile(r"\.([^.-]+)(?:-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
 
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded pipeline; ``name`` is what it was addressed by, ``component`` its denoiser's name."""
+    """A loaded pipeline; ``name`` is what it was addressed by, ``folder`` where its files are (None: nowhere)."""
 
     name: str
     pipeline: DiffusionPipeline
-    component: str
+    folder: Path | None = None
+
+    @property
+    def component(self) -> str:
+        """The denoiser's name."""
+        return denoiser_name(self.pipeline)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -46,24 +56,50 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     A component folder is given the simplest pipeline that can run it. ``dtype`` is for full precision: a pipeline with
     a packed denoiser is loaded in float32, the type of its scales. Weights are read from safetensors files only.
 
-    Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged.
+    Raises BitstepError when nothing is there, it is no pipeline with a denoiser, or its files are damaged, UsageError
+    when there is no such ``device``.
     """
+    check_device(device)
     name = str(source)
     folder = _demo(name.removeprefix("demo:")) if name.startswith("demo:") else _locate(name)
     try:
-        with _without_progress_bar():
+        with without_progress_bars():
             if (folder / "model_index.json").is_file():
                 pipeline = _load_pipeline(folder, dtype)
             else:
                 pipeline = _load_component(folder, dtype)
-        component = denoiser_name(pipeline)
+        denoiser_name(pipeline)  # refuses a pipeline without one
         pipeline.to(device)
     except BitstepError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds for a damaged folder
-        raise BitstepError(f"cannot load {name}: {_first_line(error)}") from error
+        raise BitstepError(f"cannot load {name}: {_without_safetensors(folder) or _first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return Source(name, pipeline, component)
+    return Source(name, pipeline, folder)
+
+
+def stored_dtype(component: Path) -> torch.dtype:
+    """The floating-point type of the weights in the folder ``component``; the one that holds all, where they differ."""
+    found = set()
+    for path in component.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
+    floating = [dtype for dtype in found if dtype.is_floating_point]
+    widest: torch.dtype = reduce(torch.promote_types, floating or [torch.float32])
+    return widest
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """diffusers and transformers show them for reading and writing files of a second; a download has its own."""
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def demos() -> list[str]:
@@ -137,16 +173,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """diffusers shows one for reading files of a second; a download has its own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _without_safetensors(folder: Path) -> str | None:
+    """What to do where a component has weights, but none in plain safetensors files."""
+    for component in (folder, *sorted(folder.iterdir())):
+        names = [file.name for file in component.glob("*.safetensors")]
+        variants = [found[1] for found in map(_VARIANT.search, names) if found]
+        if len(variants) == len(names) and (variants or any(component.glob("*.bin"))):
+            options = f"variant={variants[0]!r}" if variants else "use_safetensors=False"
+            return (
+                f"{component} has no plain safetensors files: load it with "
+                f"DiffusionPipeline.from_pretrained(FOLDER, {options}) and save_pretrained it to another folder"
+            )
+    return None
 
 
 def _first_line(error: Exception) -> str:

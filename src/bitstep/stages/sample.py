@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from bitstep.errors import BitstepError, UsageError
-from bitstep.files import replacing
+from bitstep.files import check_path, write_atomically
 from bitstep.stages.generate import Sampling, generate
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SAVED = (".png", ".npz")
 Progress = Callable[[int, int], None]
 """``progress(done, total)``"""
 
@@ -65,17 +66,7 @@ def save(images: Tensor, path: Path) -> None:
         ".png": lambda file: grid(images).save(file, "PNG"),
         ".npz": lambda file: np.savez_compressed(file, images=images.numpy()),
     }
-    write_atomically(path, write[check_path(path).suffix])
-
-
-def check_path(path: Path, what: str = "images", endings: tuple[str, ...] = (".png", ".npz")) -> Path:
-    """``path``, if ``what`` can be written there, by default by :func:`save`; UsageError if not."""
-    if path.suffix not in endings:
-        raise UsageError(f"cannot write {what} to {path}: expected a name that ends in {' or '.join(endings)}")
-    above = next(folder for folder in path.parents if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"cannot write {what} to {path}: {above} is a file")
-    return path
+    write_atomically(path, write[check_path(path, "images", SAVED).suffix])
 
 
 def holds_images(path: Path) -> bool:
@@ -92,12 +83,19 @@ def read(path: Path, tile: int | None = None) -> Tensor:
         if tile:
             raise UsageError(f"{path} holds single images, no mosaics: leave --tile out")
         return _read_npz(path)
-    pictures = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in _pictures(path)]
+    pictures = [_read_picture(file) for file in _pictures(path)]
     images = [image for picture in pictures for image in (_tiles(picture, tile) if tile else picture[None])]
     sizes = {tuple(image.shape[:2]) for image in images}
     if len(sizes) != 1:
         raise BitstepError(f"the pictures in {path} differ in size: expected one size, found {sorted(sizes)[:3]}")
     return torch.stack(images)
+
+
+def _read_picture(path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    except Exception as error:  # Pillow raises all kinds for a damaged file
+        raise BitstepError(f"cannot read the picture {path}: {error}") from error
 
 
 def _read_npz(path: Path) -> Tensor:
@@ -124,10 +122,3 @@ def _tiles(mosaic: Tensor, size: int) -> Tensor:
 
 def _picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1).numpy())  # one channel: a grey picture
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have ``write`` write the file ``path``, which appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        write(file)

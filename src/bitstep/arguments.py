@@ -1,0 +1,30 @@
+"""What the verbs accept, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bitstep.errors import UsageError
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Raise UsageError naming the first of ``numbers`` below ``least``; None stands for a default."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise UsageError(f"{name.replace('_', ' ')} {number} is too small: expected at least {least}")
+
+
+def several(given: str | Path | Iterable[str | Path]) -> list[str]:
+    """What was given one by one, or alone."""
+    return [str(each) for each in ([given] if isinstance(given, str | Path) else given)]
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where nothing can be computed on ``device``."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has its own
+        raise UsageError(f"cannot compute on device {device!r} ({str(error).splitlines()[0]}): try cpu") from error
