@@ -37,7 +37,7 @@ import bitstep
 from bitstep.methods import METHODS
 from bitstep.metrics import frechet_distance, psnr, ssim
 from bitstep.recipe import parse_bits
-from bitstep.stages.evaluate import extract, load_features
+from bitstep.stages.features import extract, load_features
 from bitstep.stages.sample import read, save
 
 SHARED = ROOT.parent / "shared"

@@ -15,7 +15,7 @@ from pages import ROOT, markdown, put, write
 from quality import BATCH, SHARED
 
 from bitstep.metrics import frechet_distance
-from bitstep.stages.evaluate import extract, load_features
+from bitstep.stages.features import extract, load_features
 from bitstep.stages.sample import read
 
 NETWORKS = ("resnet56_cifar10_features", "mobilenetv2_imagenet_features")

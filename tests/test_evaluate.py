@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from packed import random_model
 from pipelines import build
+from torch import Tensor
 
 from bitstep import api
 from bitstep.calls import run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.metrics import frechet_distance, psnr
 from bitstep.stages.calibrate import stream
-from bitstep.stages.evaluate import extract, load_features, step_error
+from bitstep.stages.evaluate import step_error
+from bitstep.stages.features import Inception, extract, load_features
 from bitstep.stages.sample import save
 
 SAMPLING: dict[str, Any] = {"num": 4, "steps": 3, "seed": 5}
@@ -104,3 +108,45 @@ def test_a_feature_network_is_tried_before_the_work(
     torch.jit.trace(network, torch.zeros(1, 3, 9, 9)).save(str(tmp_path / "network.pt"))
     with pytest.raises(BitstepError, match=message):
         api.evaluate(plain_pipeline, against=plain_pipeline, features=tmp_path / "network.pt", **SAMPLING)
+
+
+class _Extractor(torch.nn.Module):
+    """Stands in for torch-fidelity's, which needs a download: the same outputs, of other numbers."""
+
+    def __init__(self, name: str, features_list: list[str]) -> None:
+        super().__init__()
+        assert features_list == ["2048", "logits_unbiased"]
+        self.Mixed_6d = torch.nn.AdaptiveAvgPool2d(17)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.uint8
+        spatial = self.Mixed_6d(images.double().repeat(1, 4, 1, 1))  # 12 channels
+        return spatial.flatten(1)[:, :2048], spatial.flatten(1)[:, -1008:] / 255
+
+
+def test_inception_numbers(plain_pipeline: Path, packed_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor, score = ModuleType("extractor"), ModuleType("score")
+    vars(extractor)["FeatureExtractorInceptionV3"] = _Extractor
+    vars(score).update(KEY_METRIC_ISC_MEAN="mean", isc_features_to_metric=lambda logits, splits: {"mean": splits})
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", extractor)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_isc", score)
+    settings: Any = {"num": 10, "steps": 2, "batch_size": 5}
+    numbers = api.evaluate(packed_pipeline, against=plain_pipeline, features="inception", **settings)
+    maps = [
+        torch.nn.functional.adaptive_avg_pool2d(api.sample(each, **settings).movedim(-1, 1).double(), 17)
+        for each in (packed_pipeline, plain_pipeline)
+    ]
+    channels_last = [torch.cat([x, x, x[:, :1]], 1).permute(0, 2, 3, 1).flatten(1) for x in maps]  # seven of them
+    assert numbers["sfid"] == pytest.approx(frechet_distance(*channels_last), rel=1e-4)
+    pooled = [x.repeat(1, 4, 1, 1).flatten(1)[:, :2048] for x in maps]
+    assert numbers["fid"] == numbers["frechet_distance"] == pytest.approx(frechet_distance(*pooled), rel=1e-4)
+    assert numbers["features"] == "inception"
+    assert numbers["inception_score"] == 10
+    assert 0 <= numbers["precision"] <= 1
+
+
+def test_inception_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UsageError, match=r"bitstep\[fid\]"):
+        Inception()

@@ -92,7 +92,7 @@ def evaluate(
         reference,
         num=num,
         batch_size=batch_size,
-        features=None if features is None else Path(features),
+        features=features,
         progress=progress,
         **_sampling(model, steps, seed, read_prompts(prompts)),
     )

@@ -168,8 +168,11 @@ def evaluate(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     features: Annotated[
-        Path | None,
-        typer.Option(help="TorchScript network, images [N,3,H,W] in 0..255 -> [N,D], for the Fréchet distance."),
+        str | None,
+        typer.Option(
+            help="Compare as sets too: inception (FID, sFID, Inception Score, precision, recall; needs the extra fid), "
+            "or a TorchScript network, images [N,3,H,W] in 0..255 -> [N,D]."
+        ),
     ] = None,
     tile: Annotated[
         int | None, typer.Option(min=1, help="The real images are mosaics of tiles this many pixels wide.")

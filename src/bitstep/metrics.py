@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SSIM_WINDOW = 11
+NEIGHBOURS = 3  # of precision and recall
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -58,7 +59,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross)
 
 
-def precision_recall(a: Tensor, b: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(a: Tensor, b: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) of features ``[N, D]`` of images against those of a reference
     ``[M, D]``: the share of ``a`` that lies in the reference's manifold, and of ``b`` that lies in that of the images.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.calls import Call, first_tensor, run
-from bitstep.errors import BitstepError, UsageError
-from bitstep.metrics import SSIM_WINDOW, frechet_distance, psnr, ssim
+from bitstep.errors import UsageError
+from bitstep.metrics import SSIM_WINDOW, psnr, ssim
 from bitstep.stages.calibrate import stream
+from bitstep.stages.features import check_features, compare, load_features
 from bitstep.stages.generate import Sampling
 from bitstep.stages.load import Source
 from bitstep.stages.sample import Progress, sample
@@ -29,7 +29,7 @@ def evaluate(
     *,
     num: int,
     batch_size: int,
-    features: Path | None = None,
+    features: str | Path | None = None,
     progress: Progress | None = None,
     **sampling: Unpack[Sampling],
 ) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def evaluate(
     psnr, ssim: see :mod:`bitstep.metrics`; None against given images, and the PSNR of equal images is None
     step_error: relative squared error of the denoiser's output on the inputs that ``against`` computes for itself, in
         the order of sampling, at the timesteps in ``timesteps``; None against given images
-    frechet_distance: in the features of the network in the file ``features`` (see :func:`extract`); else None
-    features: the name of that file, without its ending
+    frechet_distance and more: see :func:`bitstep.stages.features.compare`; None without ``features``
+    features: ``inception``, or the name of a network's file without its ending
     """
     network = None if features is None else load_features(features)
     if isinstance(against, Source):
@@ -68,10 +68,9 @@ def evaluate(
     else:
         reference = against
         numbers |= {"against": f"{len(against)} images", "psnr": None, "ssim": None, "step_error": None}
-    distance = None
-    if network is not None:
-        distance = frechet_distance(*(extract(network, each, batch_size) for each in (images, reference)))
-    return numbers | {"frechet_distance": distance, "features": features and features.stem}
+    if network is None:
+        return numbers | {"frechet_distance": None, "features": None}
+    return numbers | compare(network, images, reference, batch_size) | {"features": Path(str(features)).stem}
 
 
 def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
@@ -135,35 +134,3 @@ def step_error(
                 total[0] += (output - expected).double().square().sum().item()
                 total[1] += expected.double().square().sum().item()
     return [{timestep: error / power for timestep, (error, power) in sums.items()} for sums in totals]
-
-
-def load_features(path: Path) -> nn.Module:
-    """A TorchScript network that takes images ``[N, 3, H, W]`` in 0..255 and returns features ``[N, D]``."""
-    if not path.is_file():
-        raise UsageError(f"no feature network at {path}: expected a TorchScript file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have torch.export's format
-        try:
-            network: nn.Module = torch.jit.load(path, map_location="cpu")
-        except RuntimeError as error:
-            raise BitstepError(f"cannot load {path}: expected a TorchScript network") from error
-    return network.eval()
-
-
-def check_features(network: nn.Module, images: Tensor) -> None:
-    """Raise BitstepError where ``network`` makes no features ``[N, D]`` of images such as these."""
-    try:
-        features = extract(network, images, 1)
-    except Exception as error:  # TorchScript ends a long message with what went wrong
-        *_, reason = str(error).strip().splitlines()
-        raise BitstepError(f"the feature network fails on images {list(images.shape)}: {reason}") from error
-    if features.ndim != 2:
-        found, given = list(features.shape), list(images.shape)
-        raise BitstepError(f"the feature network makes {found} of images {given}: expected features [N, D]")
-
-
-@torch.no_grad()
-def extract(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Features ``[N, D]`` of uint8 images ``[N, H, W, C]``; grey images are repeated over three channels."""
-    batches = torch.split(images, batch_size)
-    return torch.cat([network(batch.movedim(-1, 1).float().expand(-1, 3, -1, -1)) for batch in batches])
