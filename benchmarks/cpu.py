@@ -39,7 +39,7 @@ from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from bitstep.steps import StepGrid
+    from bitstep.denoiser.steps import StepGrid
     from bitstep.surgery import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
@@ -138,8 +138,8 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
 def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int) -> Plan:
     """The bits that ``bitstep quantize`` gives every layer; a pass with ``inputs`` shows which layer is which."""
     from bitstep import surgery
-    from bitstep.calls import Call
-    from bitstep.structure import trace
+    from bitstep.denoiser.calls import Call
+    from bitstep.denoiser.structure import trace
 
     return surgery.plan(
         model,

@@ -39,11 +39,11 @@ import torch
 from pages import ROOT, markdown, put, write
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import StepGrid
 from bitstep.runtime import cuda
 from bitstep.runtime.cuda import Tiling
 from bitstep.runtime.dispatch import kernels_in_use, set_backend
 from bitstep.runtime.layers import LayerFormat, PackedModule, packed_like
-from bitstep.steps import StepGrid
 
 RESULTS = ROOT / "benchmarks/results/gpu.json"
 DOCUMENT = ROOT / "docs/performance.md"

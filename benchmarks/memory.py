@@ -25,8 +25,8 @@ from pages import ROOT, markdown, put, write
 from torch import nn
 
 from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase
-from bitstep.methods.blockwise import BlockwiseDistillation
-from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.methods.objectives.blockwise import BlockwiseDistillation
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.stages.calibrate import record
 from bitstep.stages.finetune import TrainingState, finetune
 from bitstep.stages.load import Source

@@ -13,12 +13,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from bitstep.checkpoint import PackedLayer, pack_model
+from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.methods.base import Method
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.recipe import parse_bits
 from bitstep.runtime.layers import PackedModule, packed_like
 from bitstep.runtime.tables import StepRows
-from bitstep.steps import StepCursor, StepGrid
 
 GRID = StepGrid((0.05, 0.3, 0.55, 0.9), 1000.0)
 

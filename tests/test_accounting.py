@@ -13,10 +13,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from packed import random_layer
 
-from bitstep.calls import Call
 from bitstep.checkpoint import pack_model
+from bitstep.denoiser.calls import Call
+from bitstep.denoiser.structure import Structure, trace
 from bitstep.stages.inspect import inspect
-from bitstep.structure import Structure, trace
 from bitstep.surgery import LayerPlan, Plan, add_bases, plan
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "accounting.md").read_text()

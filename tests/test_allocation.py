@@ -12,16 +12,16 @@ from pipelines import build
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bitstep.calls import run
-from bitstep.layers import weight_of
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.layers import weight_of
 from bitstep.methods.binarydm import BINARYDM, BinaryWeights
 from bitstep.numerics.allocation import allocate
-from bitstep.pool import Pool
 from bitstep.quantizers.weights import DenseWeight, UniformWeight
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.weight_errors import weight_errors
+from bitstep.trajectories.pool import Pool
 
 
 def test_steps_are_taken_by_what_they_lower_for_their_cost() -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitstep import library
-from bitstep.attention import OPERANDS, attend, intercept
-from bitstep.calls import run
 from bitstep.checkpoint import PackedOperands, pack_model
+from bitstep.denoiser.attention import OPERANDS, attend, intercept
+from bitstep.denoiser.calls import run
 from bitstep.errors import BitstepError
 from bitstep.methods.base import Activations, AttentionOperands, Method
 from bitstep.numerics.uniform import fake_quantize

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitstep.layers import FakeQuantized
 from bitstep.numerics import binary
 from bitstep.numerics.packing import pack, unpack
 from bitstep.quantizers.binary import BinaryWeight
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, WeightSource
 from bitstep.runtime.kernel import LayerTensors
 from bitstep.runtime.layers import LayerFormat, layer_problem

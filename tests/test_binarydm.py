@@ -15,9 +15,8 @@ from pipelines import build
 from torch import Tensor, nn
 
 from bitstep import run
-from bitstep.calls import run as call_denoiser
+from bitstep.denoiser.calls import run as call_denoiser
 from bitstep.errors import BitstepError, UsageError
-from bitstep.images import TrainingImages, enlargement
 from bitstep.methods.base import Context, LearningRates, Phase, Technique, Unit
 from bitstep.methods.binarydm import (
     BINARYDM,
@@ -28,9 +27,8 @@ from bitstep.methods.binarydm import (
     feature_grams,
     outward,
 )
-from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.numerics.lowrank import principal_basis
-from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import WeightQuantizer
@@ -42,6 +40,8 @@ from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import read
 from bitstep.surgery import add_bases
+from bitstep.trajectories.images import TrainingImages, enlargement
+from bitstep.trajectories.pool import Pool
 
 PHASE = BINARYDM.training[0].model_copy(update={"iterations": 10, "batch_size": 2, "techniques": ()})
 

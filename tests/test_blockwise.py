@@ -10,19 +10,20 @@ import torch
 from pipelines import build
 from torch import Tensor, nn
 
-from bitstep.calls import Call, run
+from bitstep.denoiser.calls import Call, run
 from bitstep.methods.base import Context, LearningRates, Method, Unit
 from bitstep.methods.baselines import MSE
-from bitstep.methods.blockwise import BlockwiseDistillation, _Rows
 from bitstep.methods.dilatequant import DILATEQUANT
-from bitstep.methods.efficientdm import TrajectoryDistillation
-from bitstep.pool import Pool
+from bitstep.methods.objectives.blockwise import BlockwiseDistillation
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import TrainingState, finetune
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import prepare
+from bitstep.trajectories.pool import Pool
+from bitstep.trajectories.rows import Rows
 
 FAST = LearningRates(weight=0.1, weight_scale=5e-3, activation_scale=2e-2, activation_zero_point=5e-2)
 PHASE = DILATEQUANT.training[0].model_copy(update={"batch_size": 3, "iterations": 4})
@@ -115,7 +116,7 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
             }
         )
 
-    rows = _Rows(tmp_path / "block", call(range(1)), call(range(2)))
+    rows = Rows(tmp_path / "block", call(range(1)), call(range(2)))
     for start in range(0, 6, 2):
         rows.append(call(range(start, start + 2)))
     assert len(rows) == 12

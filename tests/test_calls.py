@@ -10,13 +10,13 @@ import torch
 from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
-from bitstep.calls import Call, run
+from bitstep.denoiser.calls import Call, run
 from bitstep.errors import BitstepError
-from bitstep.pool import Pool, PoolWriter
-from bitstep.recording import Recorder, Shard, fit_guidance, wrapped
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate_batch
 from bitstep.stages.load import Source
+from bitstep.trajectories.pool import Pool, PoolWriter
+from bitstep.trajectories.recording import Recorder, Shard, fit_guidance, wrapped
 
 # weights of the chunks of an output, in the pipeline's own order, at guidance scale 3
 GUIDANCE = {
@@ -251,7 +251,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_pool_intact(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bitstep.pool.save_file", full)
+    monkeypatch.setattr("bitstep.trajectories.pool.save_file", full)
     with pytest.raises(BitstepError, match="No space left"):
         writer.add(shard())
     assert len(Pool.open(tmp_path)) == 4

@@ -14,8 +14,8 @@ from pipelines import BUILDERS, build, unet
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitstep.attention import OPERANDS
 from bitstep.checkpoint import PackedLayer, PackedOperands, pack_model
+from bitstep.denoiser.attention import OPERANDS
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.stages.generate import denoiser_name, generate_batch

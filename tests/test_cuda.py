@@ -14,12 +14,12 @@ from packed import GRID, LAYERS, filled, random_layer, random_model
 from pipelines import build
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import StepCursor
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime import cuda
 from bitstep.runtime.dispatch import KERNELS, kernels_in_use, packed_layers, reasons, set_backend
 from bitstep.runtime.kernel import CodeKeeper
 from bitstep.runtime.layers import PackedModule
-from bitstep.steps import StepCursor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,13 +7,13 @@ import torch
 from pipelines import build
 from torch import Tensor, nn
 
-from bitstep.calls import run
-from bitstep.layers import FakeQuantized
+from bitstep.denoiser.calls import run
 from bitstep.methods.dilatequant import DILATEQUANT, Dilation
 from bitstep.methods.rewrites import Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
 from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.activations import ActivationQuantizer
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source

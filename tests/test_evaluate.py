@@ -14,7 +14,7 @@ from pipelines import build
 from torch import Tensor
 
 from bitstep import api
-from bitstep.calls import run
+from bitstep.denoiser.calls import run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.metrics import frechet_distance, psnr
 from bitstep.stages.calibrate import stream

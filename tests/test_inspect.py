@@ -14,7 +14,7 @@ from pipelines import build
 from torch import nn
 
 from bitstep import api
-from bitstep.calls import Call, run
+from bitstep.denoiser.calls import Call, run
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers
 from bitstep.stages import benchmark

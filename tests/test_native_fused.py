@@ -17,7 +17,7 @@ from test_native import Case, tensors_for
 from torch import Tensor, nn
 
 from bitstep import library
-from bitstep.attention import OPERANDS
+from bitstep.denoiser.attention import OPERANDS
 from bitstep.numerics.packing import pack
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.attention import AttentionFormat, Operand, PackedAttention, attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitstep.optim import RowSparseAdam
+from bitstep.stages.optim import RowSparseAdam
 
 
 def _tables() -> list[nn.Parameter]:

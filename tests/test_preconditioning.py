@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bitstep
-from bitstep.calls import run
 from bitstep.checkpoint.config import BitstepConfig
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
+from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.errors import BitstepError, UsageError
-from bitstep.preconditioning import Preconditioning, fit, moments, sample_name, shared
 from bitstep.recipe import resolve
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source, load
 from bitstep.stages.precondition import check, finished, precondition
 from bitstep.stages.prepare import prepare
-from bitstep.steps import StepCursor, StepGrid
 
 
 def _noise(seed: int, *shape: int) -> Tensor:

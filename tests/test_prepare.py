@@ -9,9 +9,8 @@ import torch
 from diffusers import EDMEulerScheduler
 from pipelines import build
 
-from bitstep.calls import run
 from bitstep.checkpoint import pack_model
-from bitstep.pool import Pool
+from bitstep.denoiser.calls import run
 from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.calibrate import stream
@@ -19,6 +18,7 @@ from bitstep.stages.load import Source
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.ranges import VALUES_PER_STEP, observe
+from bitstep.trajectories.pool import Pool
 
 
 def source(name: str) -> Source:

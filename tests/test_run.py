@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import bitstep
 from bitstep import run
-from bitstep.calls import run as call_denoiser
+from bitstep.denoiser.calls import run as call_denoiser
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
 from bitstep.methods.base import Effort

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitstep.checkpoint import PackedLayer
+from bitstep.denoiser.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 from bitstep.errors import BitstepError, UsageError
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
 from bitstep.runtime.layers import PackedConv2d, PackedLinear, packed_like
 from bitstep.runtime.tables import StepRows
-from bitstep.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 
 
 def expected(layer: nn.Module, packed: PackedLayer, x: Tensor, timestep: Tensor | float) -> Tensor:

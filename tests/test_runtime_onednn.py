@@ -7,10 +7,10 @@ import torch
 from packed import GRID, LAYERS, filled, random_layer
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import StepCursor
 from bitstep.runtime import onednn
 from bitstep.runtime.dispatch import KERNELS, set_backend
 from bitstep.runtime.layers import PackedModule
-from bitstep.steps import StepCursor
 
 pytestmark = pytest.mark.skipif(onednn.operators_fault() is not None, reason=str(onednn.operators_fault()))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import StepCursor, StepError, StepGrid, interpolate, interpolate_scale, per_sample
 from bitstep.quantizers.activations import ActivationQuantizer
-from bitstep.steps import StepCursor, StepError, StepGrid, interpolate, interpolate_scale, per_sample
 
 UNIT = 1000.0
 

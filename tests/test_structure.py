@@ -9,10 +9,10 @@ import torch
 from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
-from bitstep.calls import Call
+from bitstep.denoiser.calls import Call
+from bitstep.denoiser.structure import Structure, blocks, trace
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
-from bitstep.structure import Structure, blocks, trace
 
 ENDS = {
     "ddpm": ("conv_in", "conv_out"),

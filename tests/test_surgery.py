@@ -8,10 +8,10 @@ import pytest
 from pipelines import BUILDERS, build
 from torch import nn
 
+from bitstep.denoiser.structure import Structure, trace
 from bitstep.errors import UsageError
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
-from bitstep.structure import Structure, trace
 from bitstep.surgery import Plan, Rule, plan
 
 

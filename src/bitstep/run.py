@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from bitstep.arguments import several
 from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
-from bitstep.images import TrainingImages, enlargement, unconditional
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
 from bitstep.recipe import Recipe, resolve
@@ -34,6 +33,7 @@ from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
 from bitstep.surgery import check_rules
+from bitstep.trajectories.images import TrainingImages, enlargement, unconditional
 
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20

@@ -32,8 +32,8 @@ import bitstep
 from bitstep.errors import BitstepError, UsageError
 from bitstep.files import replacing
 from bitstep.methods.base import Context
-from bitstep.pool import INDEX
 from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments, trained_tensors
+from bitstep.trajectories.pool import INDEX
 
 LOCK, RUN, STATE, LOSS, PLAN = "lock", "run.json", "state.safetensors", "loss.csv", "plan.json"
 

@@ -1,8 +1,8 @@
 """Which layer gets how many bits, and the replacement of the layers by fake-quantized ones.
 
-A plan is made of rules over the layers that :mod:`bitstep.structure` found by running the denoiser: first the policy's
-own (sensitive layers at 8 bits, the named coverage), then the user's globs, later rules winning over earlier ones. A
-rule that matches no layer is an error: a setting that silently does nothing is worse than none.
+A plan is made of rules over the layers that :mod:`bitstep.denoiser.structure` found by running the denoiser: first the
+policy's own (sensitive layers at 8 bits, the named coverage), then the user's globs, later rules winning over earlier
+ones. A rule that matches no layer is an error: a setting that silently does nothing is worse than none.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
+from bitstep.denoiser.layers import QUANTIZABLE, refusal, weight_of
+from bitstep.denoiser.structure import Structure
 from bitstep.errors import UsageError
-from bitstep.layers import QUANTIZABLE, FakeQuantized, refusal, weight_of
 from bitstep.numerics.allocation import allocate
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.slots import Slot
-from bitstep.structure import Structure
 
 SENSITIVE_BITS = 8
 WEIGHT_ONLY_BITS = 32

@@ -8,10 +8,10 @@ from typing import Any, Final, Literal, Self
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from bitstep.denoiser.steps import StepGrid
 from bitstep.errors import BitstepError
 from bitstep.runtime.attention import AttentionFormat
 from bitstep.runtime.layers import LayerFormat
-from bitstep.steps import StepGrid
 
 FORMAT_VERSION: Final = 1
 
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class Grid(_Strict):
-    """The keys of the per-timestep tables; see :class:`bitstep.steps.StepGrid`."""
+    """The keys of the per-timestep tables; see :class:`bitstep.denoiser.steps.StepGrid`."""
 
     keys: list[float]
     unit: float

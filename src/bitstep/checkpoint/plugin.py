@@ -11,15 +11,15 @@ from torch import Tensor
 
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.checkpoint.tensors import narrow, refusal
+from bitstep.denoiser.preconditioning import Preconditioning
+from bitstep.denoiser.steps import StepCursor
 from bitstep.errors import BitstepError, UsageError
-from bitstep.preconditioning import Preconditioning
 from bitstep.runtime import fused
 from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.layers import PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
 from bitstep.runtime.tables import StepRows
-from bitstep.steps import StepCursor
 
 _OWNERS = PackedModule | PackedAttention | Preconditioning  # of tensors that the format describes
 

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bitstep.preconditioning import Preconditioning
+from bitstep.denoiser.preconditioning import Preconditioning
 from bitstep.runtime.attention import PackedAttention
 from bitstep.runtime.layers import PackedModule
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bitstep.checkpoint.config import AttentionEntry, BitstepConfig, Grid, LayerEntry, Macs, Manifest
 from bitstep.checkpoint.plugin import BitstepQuantizer
+from bitstep.denoiser.preconditioning import Preconditioning
+from bitstep.denoiser.steps import StepGrid
 from bitstep.numerics.packing import QuantizedWeight, pack
-from bitstep.preconditioning import Preconditioning
 from bitstep.runtime.attention import PackedAttention
-from bitstep.steps import StepGrid
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class PackedLayer:
 class PackedOperands:
     """The quantized operands of one module's attention, as training hands them over.
 
-    tables: scale and integer-valued zero point of each of :data:`bitstep.attention.OPERANDS`, ``[T]`` as for a layer
+    tables: scale and integer-valued zero point of each of :data:`bitstep.denoiser.attention.OPERANDS`, ``[T]`` as for
+        a layer
     bits, probability_bits: of query, key and value, and of the probabilities
     macs: multiply-accumulates of both matrix products in one forward pass at batch 1
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bitstep.methods.adaround import ADAROUND
 from bitstep.methods.base import Method
-from bitstep.methods.baselines import ADAROUND, LSQ, MINMAX, MSE
+from bitstep.methods.baselines import LSQ, MINMAX, MSE
 from bitstep.methods.best import BEST, BEST_BINARY, BEST_BLOCKS
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
 from bitstep.methods.dilatequant import DILATEQUANT

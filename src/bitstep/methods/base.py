@@ -20,17 +20,17 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from bitstep.calls import Call
-from bitstep.images import TrainingImages
-from bitstep.layers import FakeQuantized
+from bitstep.denoiser.calls import Call
+from bitstep.denoiser.steps import StepCursor
+from bitstep.denoiser.structure import Block, Structure, blocks
 from bitstep.numerics.uniform import RangeMethod
-from bitstep.pool import Pool
 from bitstep.quantizers.attention import AttentionQuantizer
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.slots import Slot, Variant
-from bitstep.steps import StepCursor
-from bitstep.structure import Block, Structure, blocks
 from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
+from bitstep.trajectories.images import TrainingImages
+from bitstep.trajectories.pool import Pool
 
 Effort = Literal["quick", "standard", "full"]
 Errors = Callable[[Mapping[str, Sequence[LayerPlan]]], Mapping[str, Sequence[float]]]
@@ -146,7 +146,7 @@ class Layers(Slot):
 
 class Output(Slot):
     """Whether the output is preconditioned: weighed against the noisy sample, by two numbers per timestep
-    (:mod:`bitstep.preconditioning`).
+    (:mod:`bitstep.denoiser.preconditioning`).
 
     averaged: steps over which errors are taken to average out; None measures it (:mod:`bitstep.stages.precondition`)
     """

@@ -10,7 +10,8 @@ from __future__ import annotations
 from bitstep.methods.base import Activations, LearningRates, Output, Phase
 from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights, WarmUp
 from bitstep.methods.dilatequant import DILATEQUANT, Dilation
-from bitstep.methods.efficientdm import EFFICIENTDM, TrajectoryDistillation
+from bitstep.methods.efficientdm import EFFICIENTDM
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
 BEST = EFFICIENTDM.model_copy(

@@ -19,9 +19,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
-from bitstep.calls import Call, run
-from bitstep.images import unconditional
-from bitstep.layers import FakeQuantized
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.structure import Structure, blocks
 from bitstep.methods.base import (
     Activations,
     AttentionOperands,
@@ -30,20 +29,18 @@ from bitstep.methods.base import (
     Errors,
     LearningRates,
     Method,
-    Objective,
     Phase,
     Technique,
     UniformWeights,
     Unit,
     Weights,
 )
-from bitstep.methods.efficientdm import TrajectoryDistillation
+from bitstep.methods.objectives.diffusion import DiffusionLoss
 from bitstep.numerics.lowrank import principal_basis
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
-from bitstep.randomness import draw, generator
-from bitstep.structure import Structure, blocks
 from bitstep.surgery import LayerPlan, Plan, add_bases, add_bits
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -98,34 +95,6 @@ class BinaryWeights(Weights):
         if layer.weight_bits > 1:
             return UniformWeights().build(weight, layer)
         return BinaryWeight(DenseWeight(weight), layer.bases)
-
-
-class DiffusionLoss(Objective):
-    """The loss that diffusion models are trained with, on the user's images; without any, trajectory distillation.
-
-    Only the latter knows an emphasis.
-    """
-
-    kind: Literal["diffusion"] = "diffusion"
-    wants_images: ClassVar[bool] = True
-
-    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        images = context.images
-        if images is None:
-            yield from TrajectoryDistillation(emphasis=self.emphasis).units(context, phase, start)
-            return
-        call, _ = context.pool.batch(torch.zeros(phase.batch_size, dtype=torch.int64))
-        sample_name, timestep_name = unconditional(call)
-
-        def loss(iteration: int) -> Tensor:
-            indices = draw(len(images), phase.batch_size, context.seed, "images", iteration)
-            sample, timestep, target = images.noised(indices, generator(context.seed, "diffusion", iteration))
-            arguments = {**call.arguments, sample_name: sample, timestep_name: timestep.to(call.timestep.dtype)}
-            output = run(context.student, context.placed(Call(arguments)))[:, : target.shape[1]]
-            return (output.float() - target.to(output.device)).square().mean()
-
-        if start == 0:
-            yield Unit("denoiser", context.layers, loss, context.attention)
 
 
 class Mimicking(Technique):

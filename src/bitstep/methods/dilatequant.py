@@ -4,7 +4,7 @@
 
 Weight dilation (:mod:`bitstep.numerics.dilation`), the temporal parallel quantizer
 (:class:`bitstep.quantizers.activations.ActivationQuantizer`, batches mixing timesteps) and block-wise distillation
-(:class:`bitstep.methods.blockwise.BlockwiseDistillation`) are slots that any recipe may use.
+(:class:`bitstep.methods.objectives.blockwise.BlockwiseDistillation`) are slots that any recipe may use.
 
 1 / s is folded into the gains of a norm whose output nothing but such layers read (:mod:`bitstep.stages.rewrite`).
 Elsewhere, behind the SiLU of a residual block for one, it is a vector that kernels apply in the same pass that turns
@@ -27,7 +27,7 @@ from bitstep.methods.base import (
     Rewrite,
     UniformWeights,
 )
-from bitstep.methods.blockwise import BlockwiseDistillation
+from bitstep.methods.objectives.blockwise import BlockwiseDistillation
 from bitstep.methods.rewrites import SplitConcatenation
 from bitstep.numerics.dilation import dilation, range_aware
 

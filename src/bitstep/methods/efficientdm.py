@@ -5,55 +5,18 @@
 
 Merged adapters (:class:`bitstep.quantizers.weights.MergedLoRA`), learning rates relative to each layer's weight step
 size ("scale-aware optimization": the paper multiplies gradients by it, which Adam would undo), an activation step size
-per timestep (TALSQ: :class:`bitstep.quantizers.activations.ActivationQuantizer`). Concatenated skip connections have
-split quantizers, as in Q-Diffusion, on which the authors build.
+per timestep (TALSQ: :class:`bitstep.quantizers.activations.ActivationQuantizer`), and the objective
+:class:`bitstep.methods.objectives.trajectory.TrajectoryDistillation`. Concatenated skip connections have split
+quantizers, as in Q-Diffusion, on which the authors build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import PositiveInt
-from torch import Tensor
-
-from bitstep.calls import run
-from bitstep.layers import frozen
-from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase, UniformWeights, Unit
+from bitstep.methods.base import Calibration, LearningRates, Method, Phase, UniformWeights
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.methods.rewrites import SplitConcatenation
-from bitstep.randomness import draw
-
-
-class TrajectoryDistillation(Objective):
-    """End-to-end distillation of the denoiser's output along full-precision trajectories.
-
-    The loss is on what the pipeline hands to its scheduler: guided, and without a learned variance that nobody uses.
-    x_{t-1} never depends on the student, so the trajectories are recorded ahead, and batches mix timesteps.
-
-    last: only the last so many blocks are trained, and gradients and their memory end there; None trains all
-    """
-
-    kind: Literal["trajectory"] = "trajectory"
-    last: PositiveInt | None = None
-
-    def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        layers, attention, pool = context.layers, context.attention, context.pool
-        if self.last is not None:
-            layers, attention = context.within(*context.blocks()[-self.last :])
-        others = [module for name, module in context.trained.items() if name not in {*layers, *attention}]
-
-        def loss(iteration: int) -> Tensor:
-            indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)
-            call, target = context.batch(indices)
-            weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
-            with frozen(others):
-                output = run(context.student, call)
-            error = pool.guided(output.float() - target.float())
-            return (error.square().flatten(1).mean(1) * weights.to(error)).mean()
-
-        if start == 0:
-            yield Unit("denoiser", layers, loss, attention)
-
 
 _SHORT: dict[str, Any] = {
     "rewrites": [{"kind": "smoothing"}],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import StepCursor, interpolate, interpolate_scale, per_sample
 from bitstep.numerics import uniform
-from bitstep.steps import StepCursor, interpolate, interpolate_scale, per_sample
 
 
 class ActivationQuantizer(nn.Module):

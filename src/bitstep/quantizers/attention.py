@@ -10,7 +10,7 @@ from bitstep.quantizers.activations import ActivationQuantizer
 
 
 class AttentionQuantizer(nn.Module):
-    """What :func:`bitstep.attention.intercept` applies in one module; a quantizer per operand."""
+    """What :func:`bitstep.denoiser.attention.intercept` applies in one module; a quantizer per operand."""
 
     def __init__(self, operands: Mapping[str, ActivationQuantizer]) -> None:
         super().__init__()

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitstep.attention import OPERANDS, Interception, attend, intercept
+from bitstep.denoiser.attention import OPERANDS, Interception, attend, intercept
+from bitstep.denoiser.steps import per_sample
 from bitstep.numerics.uniform import rounded
 from bitstep.runtime import native
 from bitstep.runtime.tables import StepRows, rows_of
-from bitstep.steps import per_sample
 
 
 class Operand(NamedTuple):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitstep.denoiser.steps import per_sample
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
 from bitstep.runtime.reference import align_channels, in_float
-from bitstep.steps import per_sample
 
 _PLAIN_OUTPUT: tuple[Any, ...] = (
     1.0,

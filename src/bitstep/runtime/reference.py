@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitstep.denoiser.steps import per_sample
 from bitstep.numerics.uniform import rounded
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
-from bitstep.steps import per_sample
 
 
 class ReferenceKernel(Kernel):

@@ -24,13 +24,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from bitstep.denoiser.steps import Position, StepCursor
 from bitstep.library import current_instruction_set
 from bitstep.runtime import graph, tape
 from bitstep.runtime.attention import PackedAttention, is_watched
 from bitstep.runtime.graph import Graph
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.tape import Tape
-from bitstep.steps import Position, StepCursor
 
 _KEPT = 4  # signatures of a model: with guidance and without, timesteps on the keys of the grid and between them
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitstep.steps import Position, StepCursor, interpolate, interpolate_scale, per_sample
+from bitstep.denoiser.steps import Position, StepCursor, interpolate, interpolate_scale, per_sample
 
 Table = tuple[nn.Module, str]
 

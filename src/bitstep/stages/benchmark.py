@@ -29,9 +29,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from bitstep.arguments import at_least, check_device, several
-from bitstep.calls import run
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.steps import TIMESTEP_NAMES
 from bitstep.errors import BitstepError, UsageError
-from bitstep.pool import Pool
 from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
@@ -39,7 +39,7 @@ from bitstep.stages.inspect import architecture, component_folder, model_class, 
 from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
 from bitstep.stages.sample import Progress
-from bitstep.steps import TIMESTEP_NAMES
+from bitstep.trajectories.pool import Pool
 
 PACKED = "packed"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

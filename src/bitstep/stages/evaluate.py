@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import Call, first_tensor, run
+from bitstep.denoiser.calls import Call, first_tensor, run
 from bitstep.errors import UsageError
 from bitstep.metrics import SSIM_WINDOW, psnr, ssim
 from bitstep.stages.calibrate import stream

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bitstep.errors import BitstepError
-from bitstep.layers import FakeQuantized
 from bitstep.methods.base import Context, LearningRates, Phase
-from bitstep.optim import RowSparseAdam
+from bitstep.quantizers.layers import FakeQuantized
+from bitstep.stages.optim import RowSparseAdam
 
 TABLES = ("activation_scale", "activation_zero_point")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitstep.errors import BitstepError, UsageError
 from bitstep.randomness import generator
-from bitstep.recording import wrapped
+from bitstep.trajectories.recording import wrapped
 
 PROMPTS = (
     "a red fox sitting in the snow at dusk",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from bitstep.checkpoint import PackedLayer, PackedOperands
-from bitstep.layers import FakeQuantized
 from bitstep.quantizers.attention import AttentionQuantizer
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.surgery import Plan
 
 

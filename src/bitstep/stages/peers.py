@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import Call, run
+from bitstep.denoiser.calls import Call, run
 
 Function = Callable[..., Tensor]
 Inputs = tuple[Tensor, ...]

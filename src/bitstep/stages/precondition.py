@@ -10,14 +10,14 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import run
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
+from bitstep.denoiser.steps import StepCursor
 from bitstep.errors import UsageError
-from bitstep.pool import Pool
-from bitstep.preconditioning import Preconditioning, fit, moments, sample_name, shared
-from bitstep.recording import wrapped
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
-from bitstep.steps import StepCursor
+from bitstep.trajectories.pool import Pool
+from bitstep.trajectories.recording import wrapped
 
 IMAGES = 8
 AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)
@@ -51,9 +51,9 @@ def precondition(
     """Give the quantized ``denoiser`` tables fitted to the recorded outputs of ``images`` trajectories, guided as the
     pipeline guides them.
 
-    averaged: see :func:`bitstep.preconditioning.fit`; None takes the one of ``AVERAGED`` with which ``IMAGES`` whole
-        trajectories end nearest to those of ``source`` in the mean of their PSNR, or leaves the output as it is. (How
-        much errors average out depends on the model: over 2 steps on pictures of fruit, over 8 on photographs.)
+    averaged: see :func:`bitstep.denoiser.preconditioning.fit`; None takes the one of ``AVERAGED`` with which ``IMAGES``
+        whole trajectories end nearest to those of ``source`` in the mean of their PSNR, or leaves the output as it is.
+        (How much errors average out depends on the model: over 2 steps on pictures of fruit, over 8 on photographs.)
     """
     device, steps = next(denoiser.parameters()).device, len(pool.timesteps)
     total = steps * (1 if averaged is not None else 3 + len(AVERAGED))

@@ -10,19 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bitstep.attention import OPERANDS, attend, intercept
-from bitstep.layers import FakeQuantized, groups_of, weight_of
+from bitstep.denoiser.attention import OPERANDS, attend, intercept
+from bitstep.denoiser.layers import groups_of, weight_of
+from bitstep.denoiser.steps import StepCursor, StepGrid
+from bitstep.denoiser.structure import Structure, trace
 from bitstep.methods.base import Errors, Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
-from bitstep.pool import Pool
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
+from bitstep.quantizers.layers import FakeQuantized
 from bitstep.stages.ranges import Observed, observe
 from bitstep.stages.rewrite import fold, rewrite
 from bitstep.stages.weight_errors import weight_errors
-from bitstep.steps import StepCursor, StepGrid
-from bitstep.structure import Structure, trace
 from bitstep.surgery import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
+from bitstep.trajectories.pool import Pool
 
 
 @dataclass(frozen=True)

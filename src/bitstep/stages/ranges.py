@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstep.attention import attend, intercept
-from bitstep.calls import run
+from bitstep.denoiser.attention import attend, intercept
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.layers import channel_axis
 from bitstep.numerics.uniform import RangeMethod, search_range
-from bitstep.pool import Pool
 from bitstep.randomness import generator
-from bitstep.structure import channel_axis
+from bitstep.trajectories.pool import Pool
 
 VALUES_PER_STEP = 1024
 """Values kept of one layer's input at one timestep: enough to weigh rounding against clipping, and little to keep."""

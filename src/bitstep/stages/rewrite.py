@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from bitstep.layers import groups_of, weight_of
+from bitstep.denoiser.layers import groups_of, weight_of
+from bitstep.denoiser.structure import Structure
 from bitstep.methods.base import Rewrite
 from bitstep.numerics.dilation import stretched
 from bitstep.stages.ranges import Observed
-from bitstep.structure import Structure
 
 
 def rewrite(

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import run
-from bitstep.layers import weight_of
+from bitstep.denoiser.calls import run
+from bitstep.denoiser.layers import weight_of
 from bitstep.numerics.packing import QuantizedWeight
-from bitstep.pool import Pool
 from bitstep.randomness import draw, generator
+from bitstep.trajectories.pool import Pool
 
 PROBES = 32
 SAMPLES = 8

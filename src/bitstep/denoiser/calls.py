@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitstep.denoiser.steps import TIMESTEP_NAMES
 from bitstep.errors import BitstepError
-from bitstep.steps import TIMESTEP_NAMES
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bitstep.steps import StepCursor, interpolate, per_sample
+from bitstep.denoiser.steps import StepCursor, interpolate, per_sample
 
 _TINY = 1e-30
 

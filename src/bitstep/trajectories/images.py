@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from bitstep.calls import Call
+from bitstep.denoiser.calls import Call
 from bitstep.errors import BitstepError
 
 

@@ -1,6 +1,6 @@
 """Recorded calls, kept on disk, gathered into batches that mix timesteps.
 
-Shards (:mod:`bitstep.recording`), in memory or memory-mapped from a folder, make a :class:`Pool`.
+Shards (:mod:`bitstep.trajectories.recording`), in memory or memory-mapped from a folder, make a :class:`Pool`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitstep.calls import Call, put_together
+from bitstep.denoiser.calls import Call, put_together
 from bitstep.errors import BitstepError
 from bitstep.files import replacing
-from bitstep.recording import OUTPUT, Shard, fit_guidance
+from bitstep.trajectories.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
 FORMAT_VERSION = 2

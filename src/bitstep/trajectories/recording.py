@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bitstep.calls import Call, first_tensor, put_together, run, take_apart, timestep_name
+from bitstep.denoiser.calls import Call, first_tensor, put_together, run, take_apart, timestep_name
 from bitstep.errors import BitstepError
 
 OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide

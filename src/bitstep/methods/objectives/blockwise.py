@@ -13,23 +13,22 @@ of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import prod
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from bitstep.calls import Call, run
+from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.structure import Block
 from bitstep.methods.base import Context, Objective, Phase, Unit
 from bitstep.randomness import draw
-from bitstep.structure import Block
+from bitstep.trajectories.rows import Rows
 
 
 class BlockwiseDistillation(Objective):
-    """Every block of :func:`bitstep.structure.blocks` with trained layers is a unit, in order of execution.
+    """Every block of :func:`bitstep.denoiser.structure.blocks` with trained layers is a unit, in order of execution.
 
     samples: recorded calls, over all timesteps, that the blocks are fitted to. A block that runs several times in one
     forward pass is fitted to the first.
@@ -71,7 +70,7 @@ def _distance(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> _Rows:
+def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> Rows:
     """The student's calls of the block ``name``, beside what the teacher's block returns."""
 
     def calls(chosen: Tensor) -> Call:
@@ -80,68 +79,10 @@ def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> _R
         output = _output(context.teacher, name, call)
         return Call({"timestep": call.timestep, "args": args, "kwargs": kwargs, "output": output})
 
-    rows = _Rows(context.folder / "block", calls(indices[:1]), calls(indices[:2]))
+    rows = Rows(context.folder / "block", calls(indices[:1]), calls(indices[:2]))
     for chosen in indices.split(batch_size):
         rows.append(calls(chosen))
     return rows
-
-
-class _Rows:
-    """Recorded calls on disk, a file per tensor, read row by row at random places: plain reads, since the pages of a
-    memory-mapped file would add up to all of it.
-
-    ``one`` and ``two`` are calls with one and with two samples: a tensor whose first dimension they share has no batch
-    dimension, and is kept in memory as it is.
-    """
-
-    def __init__(self, folder: Path, one: Call, two: Call) -> None:
-        folder.mkdir(exist_ok=True)
-        self._one = one
-        self._files: dict[str, _RowFile] = {}
-        small, large = one.tensors, two.tensors
-        self._chunks = len(small["call.timestep"])
-        for number, (name, tensor) in enumerate(small.items()):
-            if tensor.shape != large[name].shape:
-                shape = (len(tensor) // self._chunks, *tensor.shape[1:])  # attention may fold its heads into the batch
-                self._files[name] = _RowFile(folder / f"{number}.bin", shape, tensor.dtype)
-
-    def __len__(self) -> int:
-        return len(self._files["call.timestep"])
-
-    def append(self, call: Call) -> None:
-        for name, tensor in call.tensors.items():
-            if name in self._files:
-                self._files[name].append(tensor.cpu())
-
-    def batch(self, rows: Tensor) -> Call:
-        """One call of the chosen rows."""
-        return self._one.map(lambda name, tensor: self._files[name][rows] if name in self._files else tensor)
-
-
-class _RowFile:
-    """A tensor on disk, grown by appending along its first dimension in groups of ``shape[0]``; one group is a row."""
-
-    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self._path, self._shape, self._dtype = path, tuple(shape), dtype
-        self._bytes, self._length = prod(shape) * dtype.itemsize, 0
-        path.write_bytes(b"")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def append(self, tensor: Tensor) -> None:
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        with self._path.open("ab") as file:
-            data.tofile(file)
-        self._length += data.size // self._bytes
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        buffer = bytearray(self._bytes * len(rows))
-        with self._path.open("rb") as file:
-            for place, row in enumerate(rows.tolist()):
-                file.seek(row * self._bytes)
-                file.readinto(memoryview(buffer)[place * self._bytes : (place + 1) * self._bytes])
-        return torch.frombuffer(buffer, dtype=self._dtype).view(-1, *self._shape[1:])
 
 
 class _Reached(Exception):

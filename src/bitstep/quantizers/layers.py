@@ -9,34 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitstep.denoiser.layers import QUANTIZABLE
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
-
-QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
-
-
-def refusal(layer: nn.Module) -> str | None:
-    """Why ``layer`` cannot be quantized, or None when it can."""
-    if not isinstance(layer, QUANTIZABLE):
-        return f"{type(layer).__name__} is not a Linear, Conv1d or Conv2d"
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.padding_mode != "zeros":
-            return f"padding_mode {layer.padding_mode!r} (only zeros)"
-        if isinstance(layer.padding, str):
-            return f"padding given as {layer.padding!r} (only numbers)"
-    return None
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a Linear, Conv1d or Conv2d, ``[out, in / groups, *kernel]``."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def groups_of(layer: nn.Module) -> int:
-    """Groups of a convolution's channels; 1 for a Linear."""
-    return int(getattr(layer, "groups", 1))
 
 
 class FakeQuantized(nn.Module):

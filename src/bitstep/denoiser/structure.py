@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitstep.calls import Call, run
-from bitstep.layers import QUANTIZABLE, weight_of
+from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, weight_of
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -156,11 +156,6 @@ def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
     owner = {name: path for path, layers in innermost.items() for name in layers}
     ordered = dict.fromkeys(owner.get(name, name) for name in names)
     return tuple(Block(path, tuple(innermost.get(path, [path]))) for path in ordered)
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """The axis of a layer's input along which its input channels lie."""
-    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 @dataclass(frozen=True)
