@@ -146,7 +146,6 @@ def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activati
         trace(model, Call(inputs)),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        per_step=True,
         coverage="full",
     )
 

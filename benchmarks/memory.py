@@ -24,7 +24,7 @@ from host import memory_mb
 from pages import ROOT, markdown, put, write
 from torch import nn
 
-from bitstep.methods.base import Calibration, Context, LearningRates, Method, Objective, Phase
+from bitstep.methods.base import Calibration, LearningRates, Method, Objective, Phase
 from bitstep.methods.objectives.blockwise import BlockwiseDistillation
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.stages.calibrate import record
@@ -59,16 +59,7 @@ def measure(objective: Objective) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         pool = record(source, Path(folder) / "pool", images=SAMPLES // 4, batch_size=BATCH, steps=4, seed=0)
         student = prepare(denoiser, pool, method, weight_bits=4, activation_bits=4)
-        context = Context(
-            teacher=denoiser,
-            student=student.denoiser,
-            layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
-            structure=student.structure,
-            cursor=student.cursor,
-            pool=pool,
-            folder=Path(folder),
-            seed=0,
-        )
+        context = student.context(denoiser, pool, Path(folder), seed=0)
         before, disk = _reset_peak(), 0
         for _ in finetune(context, method.training, TrainingState()):
             disk = max(disk, sum(file.stat().st_size for file in (Path(folder) / "block").glob("*")))

@@ -50,7 +50,7 @@ def traced() -> tuple[UNet2DModel, Structure]:
 
 def binary_plan() -> Plan:
     unet, structure = traced()
-    return plan(unet, structure, weight_bits=1, activation_bits=4, per_step=False, coverage="full")
+    return plan(unet, structure, weight_bits=1, activation_bits=4, coverage="full")
 
 
 def papers_placement(decided: Plan) -> Plan:

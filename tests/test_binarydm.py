@@ -57,18 +57,7 @@ def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> 
     pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
     method = BINARYDM.model_copy(update={"weights": BinaryWeights(evolvable=evolvable)})
     student = prepare(source.denoiser, pool, method, weight_bits=bits, activation_bits=4)
-    context = Context(
-        teacher=source.denoiser,
-        student=student.denoiser,
-        layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
-        attention=student.attention,
-        structure=student.structure,
-        cursor=student.cursor,
-        pool=pool,
-        folder=Path(),
-        seed=0,
-    )
-    return student, context, pool
+    return student, student.context(source.denoiser, pool, Path(), seed=0), pool
 
 
 def unit_of(context: Context, technique: Technique | None = None, phase: Phase = PHASE) -> Unit:

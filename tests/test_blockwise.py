@@ -39,17 +39,7 @@ def recorded(name: str) -> tuple[nn.Module, Pool]:
 
 def context_of(teacher: nn.Module, pool: Pool, folder: Path, method: Method = DILATEQUANT, bits: int = 4) -> Context:
     student = prepare(teacher, pool, method, weight_bits=bits, activation_bits=bits)
-    return Context(
-        teacher=teacher,
-        student=student.denoiser,
-        layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
-        structure=student.structure,
-        cursor=student.cursor,
-        pool=pool,
-        folder=folder,
-        seed=0,
-        attention=student.attention,
-    )
+    return student.context(teacher, pool, folder, seed=0)
 
 
 def units_of(context: Context, start: int = 0) -> list[Unit]:

@@ -107,9 +107,7 @@ def preconditioned(source: Source, steps: int, averaged: float | None) -> tuple[
     pool = next(stream(source, images=4, batch_size=4, steps=steps, seed=0))
     method = resolve("mse", "W4A4", "quick", []).method
     student = prepare(source.denoiser, pool, method, weight_bits=4, activation_bits=4)
-    tables = precondition(
-        source, student.denoiser, student.cursor, pool, images=4, batch_size=3, averaged=averaged, steps=steps, seed=0
-    )
+    tables = precondition(source, student, pool, images=4, batch_size=3, averaged=averaged, steps=steps, seed=0)
     return student.denoiser, tables
 
 

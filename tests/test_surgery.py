@@ -28,7 +28,7 @@ def _traced(name: str) -> tuple[nn.Module, Structure]:
 
 
 def _plan(denoiser: nn.Module, structure: Structure, **changes: Any) -> Plan:
-    settings: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "per_step": True, "coverage": "full"}
+    settings: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "coverage": "full"}
     return plan(denoiser, structure, **(settings | changes))
 
 
@@ -49,7 +49,7 @@ def test_a_rule_can_leave_activations_in_floating_point_or_quantize_them_again()
     denoiser, structure = _traced("ddim")
     rules = (Rule(match="*", activation_bits=32), Rule(match="*.conv2", activation_bits=8))
     layers = {layer.name: layer for layer in _plan(denoiser, structure, rules=rules).layers}
-    floating = {name for name, layer in layers.items() if (layer.activation_bits, layer.per_step) == (None, False)}
+    floating = {name for name, layer in layers.items() if layer.activation_bits is None}
     assert {name for name in layers if not name.endswith(".conv2")} == floating
     with pytest.raises(ValueError, match="activation_bits"):
         Rule(match="*", activation_bits=16)
@@ -97,4 +97,4 @@ def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
 def test_weight_only_plans_have_no_input_quantizers() -> None:
     denoiser, structure = _traced("dit")
     layers = _plan(denoiser, structure, activation_bits=32).layers
-    assert {(layer.activation_bits, layer.per_step) for layer in layers} == {(None, False)}
+    assert {layer.activation_bits for layer in layers} == {None}

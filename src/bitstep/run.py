@@ -111,7 +111,7 @@ def _fit(
     images: TrainingImages | None,
     report: _Report,
 ) -> Student:
-    """Record, calibrate, train."""
+    """Record, calibrate, train, precondition."""
     method, calibration = recipe.method, recipe.method.calibration
     sampling: Sampling = {
         "steps": calibration.steps,
@@ -120,19 +120,12 @@ def _fit(
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
     }
-    teacher = source.denoiser
     with report.bar("record trajectories") as update:
-        pool = record(
-            source,
-            work.pool,
-            images=calibration.images,
-            batch_size=calibration.batch_size,
-            bf16=calibration.bf16,
-            progress=update,
-            **sampling,
-        )
+        amount: dict[str, Any] = {"images": calibration.images, "batch_size": calibration.batch_size}
+        pool = record(source, work.pool, bf16=calibration.bf16, progress=update, **amount, **sampling)
     if method.output.preconditioned:
-        check(teacher, pool)
+        check(source.denoiser, pool)
+
     found = importance = None
     distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
@@ -140,44 +133,17 @@ def _fit(
             found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, progress=update, **sampling))
         importance = found**emphasis
     with report.bar("calibrate activation ranges") as update:
-        student = prepare(
-            teacher,
-            pool,
-            method,
-            weight_bits=recipe.weight_bits,
-            activation_bits=recipe.activation_bits,
-            importance=importance,
-            progress=update,
-        )
+        widths: dict[str, Any] = {"weight_bits": recipe.weight_bits, "activation_bits": recipe.activation_bits}
+        student = prepare(source.denoiser, pool, method, importance=importance, progress=update, **widths)
 
-    context = Context(
-        teacher=teacher,
-        student=student.denoiser,
-        layers={layer.name: student.layers[layer.name] for layer in student.plan.layers if layer.trained},
-        attention=student.attention,
-        structure=student.structure,
-        cursor=student.cursor,
-        pool=pool,
-        folder=work.path,
-        seed=seed,
-        images=images,
-        sensitivity=found,
-    )
     if method.training:
+        context = student.context(source.denoiser, pool, work.path, seed, images=images, sensitivity=found)
         _train(context, method.training, work, report)
     if method.output.preconditioned:
         with report.bar("precondition the output") as update:
-            precondition(
-                source,
-                student.denoiser,
-                student.cursor,
-                pool,
-                images=calibration.range_images,
-                batch_size=calibration.batch_size,
-                averaged=method.output.averaged,
-                progress=update,
-                **sampling,
-            )
+            amount = {"images": calibration.range_images, "batch_size": calibration.batch_size}
+            averaged = method.output.averaged
+            precondition(source, student, pool, averaged=averaged, progress=update, **amount, **sampling)
     return student
 
 

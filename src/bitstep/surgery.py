@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from bitstep.denoiser.layers import QUANTIZABLE, refusal, weight_of
-from bitstep.denoiser.structure import Structure
+from bitstep.denoiser.structure import LayerInfo, Structure
 from bitstep.errors import UsageError
 from bitstep.numerics.allocation import allocate
 from bitstep.quantizers.layers import FakeQuantized
@@ -50,7 +50,6 @@ class LayerPlan:
     name: str
     weight_bits: int
     activation_bits: int | None
-    per_step: bool
     trained: bool
     macs: int
     weights: int
@@ -69,7 +68,6 @@ class AttentionPlan:
     name: str
     bits: int
     probability_bits: int
-    per_step: bool
     macs: int
 
 
@@ -103,7 +101,6 @@ def plan(
     *,
     weight_bits: int,
     activation_bits: int,
-    per_step: bool,
     coverage: Coverage,
     rules: tuple[Rule, ...] = (),
 ) -> Plan:
@@ -116,35 +113,20 @@ def plan(
     target bits. ``coverage`` "full" quantizes all else at the target bits; "efficientdm" leaves the 1x1 convolutions
     of skip connections, downsampling convolutions and Conv1d attention in floating point, as that paper's models do.
     """
-    sensitive = {structure.first, structure.last, *structure.time_embedding}
-    bits = _quantized_bits(activation_bits)
     layers: list[LayerPlan] = []
     left_alone = dict(structure.left_alone)
     unused = set(rules)
     for info in structure.layers:
         module = denoiser.get_submodule(info.name)
-        layer = LayerPlan(
-            info.name, weight_bits, bits, per_step and bits is not None, True, info.macs, weight_of(module).numel()
-        )
-        if info.name in sensitive:
-            outer = info.name in (structure.first, structure.last)
-            wide = None if bits is None or outer else SENSITIVE_BITS
-            layer = replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
-        elif info.name in structure.skip and bits is not None:
-            layer = replace(layer, activation_bits=SENSITIVE_BITS)
+        layer = _planned(info, module, structure, weight_bits, _quantized_bits(activation_bits))
         reason = refusal(module)
         if reason is None and coverage == "efficientdm":
             reason = _outside_paper_coverage(info.name, module, structure)
         for rule in rules:
-            if not _matches(rule, info.name, module):
-                continue
-            unused.discard(rule)
-            reason = refusal(module) or (f"rule {rule.match!r} skips it" if rule.skip else None)
-            if rule.weight_bits:
-                layer = replace(layer, weight_bits=rule.weight_bits)
-            if rule.activation_bits:
-                wanted = _quantized_bits(rule.activation_bits)
-                layer = replace(layer, activation_bits=wanted, per_step=per_step and wanted is not None)
+            if _matches(rule, info.name, module):
+                unused.discard(rule)
+                layer = _ruled(layer, rule)
+                reason = refusal(module) or (f"rule {rule.match!r} skips it" if rule.skip else None)
         if reason:
             left_alone[info.name] = reason
         else:
@@ -153,6 +135,28 @@ def plan(
     if not layers:
         raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
     return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def _planned(
+    info: LayerInfo, module: nn.Module, structure: Structure, weight_bits: int, activation_bits: int | None
+) -> LayerPlan:
+    """What becomes of a layer where no rule says otherwise."""
+    layer = LayerPlan(info.name, weight_bits, activation_bits, True, info.macs, weight_of(module).numel())
+    outer = info.name in (structure.first, structure.last)
+    if outer or info.name in structure.time_embedding:
+        wide = None if outer or activation_bits is None else SENSITIVE_BITS
+        return replace(layer, weight_bits=SENSITIVE_BITS, activation_bits=wide, trained=False)
+    if info.name in structure.skip and activation_bits is not None:
+        return replace(layer, activation_bits=SENSITIVE_BITS)
+    return layer
+
+
+def _ruled(layer: LayerPlan, rule: Rule) -> LayerPlan:
+    if rule.weight_bits:
+        layer = replace(layer, weight_bits=rule.weight_bits)
+    if rule.activation_bits:
+        layer = replace(layer, activation_bits=_quantized_bits(rule.activation_bits))
+    return layer
 
 
 def check_rules(denoiser: nn.Module, rules: Iterable[Rule]) -> None:
@@ -176,9 +180,9 @@ def _quantized_bits(activation_bits: int) -> int | None:
     return None if activation_bits == WEIGHT_ONLY_BITS else activation_bits
 
 
-def add_attention(plan: Plan, structure: Structure, *, bits: int, probability_bits: int, per_step: bool) -> Plan:
+def add_attention(plan: Plan, structure: Structure, *, bits: int, probability_bits: int) -> Plan:
     """Quantize the operands of every attention in ``structure`` too."""
-    sites = (AttentionPlan(site.name, bits, probability_bits, per_step, site.macs) for site in structure.attention)
+    sites = (AttentionPlan(site.name, bits, probability_bits, site.macs) for site in structure.attention)
     return replace(plan, attention=tuple(sites))
 
 

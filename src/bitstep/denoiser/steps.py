@@ -1,4 +1,4 @@
-"""Time: which row of a per-timestep table a forward pass uses. The only file that knows about timesteps.
+"""Time: which row of a per-timestep table a forward pass uses. The only file that turns timesteps into rows.
 
 A table has one row per key, the keys being timesteps divided by the schedule's length (Flux already passes t/1000;
 then the unit is 1). The denoiser's own ``timestep`` argument selects the rows: calls are never counted, so guidance

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
-from bitstep.denoiser.steps import StepCursor
 from bitstep.errors import UsageError
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
+from bitstep.stages.prepare import Student
 from bitstep.trajectories.pool import Pool
 from bitstep.trajectories.recording import wrapped
 
@@ -38,8 +38,7 @@ def check(denoiser: nn.Module, pool: Pool) -> None:
 @torch.no_grad()
 def precondition(
     source: Source,
-    denoiser: nn.Module,
-    cursor: StepCursor,
+    student: Student,
     pool: Pool,
     *,
     images: int,
@@ -48,16 +47,17 @@ def precondition(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **sampling: Unpack[Sampling],
 ) -> Preconditioning:
-    """Give the quantized ``denoiser`` tables fitted to the recorded outputs of ``images`` trajectories, guided as the
+    """Give the denoiser of ``student`` tables fitted to the recorded outputs of ``images`` trajectories, guided as the
     pipeline guides them.
 
     averaged: see :func:`bitstep.denoiser.preconditioning.fit`; None takes the one of ``AVERAGED`` with which ``IMAGES``
         whole trajectories end nearest to those of ``source`` in the mean of their PSNR, or leaves the output as it is.
         (How much errors average out depends on the model: over 2 steps on pictures of fruit, over 8 on photographs.)
     """
+    denoiser = student.denoiser
     device, steps = next(denoiser.parameters()).device, len(pool.timesteps)
     total = steps * (1 if averaged is not None else 3 + len(AVERAGED))
-    tables = Preconditioning(cursor).to(device)
+    tables = Preconditioning(student.cursor).to(device)
     found = []
     for step in range(steps):
         products = torch.zeros(3, 3, dtype=torch.float64)

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.layers import groups_of, weight_of
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.denoiser.structure import Structure, trace
-from bitstep.methods.base import Errors, Method, UniformWeights
+from bitstep.methods.base import Context, Errors, Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
@@ -43,6 +45,22 @@ class Student:
     attention: dict[str, AttentionQuantizer]
     rewritten: dict[str, StretchStatistics]
     folded: dict[str, list[str]]
+
+    def context(self, teacher: nn.Module, pool: Pool, folder: Path, seed: int, **more: Any) -> Context:
+        """What its training sees; ``more`` are the optional fields of :class:`Context`."""
+        layers = {layer.name: self.layers[layer.name] for layer in self.plan.layers if layer.trained}
+        return Context(
+            teacher=teacher,
+            student=self.denoiser,
+            layers=layers,
+            attention=self.attention,
+            structure=self.structure,
+            cursor=self.cursor,
+            pool=pool,
+            folder=folder,
+            seed=seed,
+            **more,
+        )
 
 
 def prepare(
@@ -95,7 +113,6 @@ def _decide(
         structure,
         weight_bits=method.weights.layer_bits(weight_bits),
         activation_bits=activation_bits,
-        per_step=method.activations.per_step,
         coverage=method.layers.coverage,
         rules=method.layers.rules,
     )
@@ -107,7 +124,6 @@ def _decide(
         structure,
         bits=activation_bits,
         probability_bits=method.attention.probability_bits,
-        per_step=method.activations.per_step,
     )
 
 
@@ -151,7 +167,7 @@ class _Builder:
                 stretch = self.stretches[plan.name]
                 weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
                 reciprocal = None if plan.name in self.folded else 1 / stretch
-            input_quantizer = self._quantizer(seen, plan.activation_bits, plan.per_step)
+            input_quantizer = self._quantizer(seen, plan.activation_bits)
         # what is not trained needs no adapters, and no rounding to be learned
         weights = self.method.weights if plan.trained or plan.weight_bits == 1 else UniformWeights()
         quantized = FakeQuantized(module, weights.build(weight, plan), input_quantizer, reciprocal)
@@ -160,13 +176,12 @@ class _Builder:
     def attention(self, plan: AttentionPlan) -> AttentionQuantizer:
         bits = dict.fromkeys(OPERANDS, plan.bits) | {"probability": plan.probability_bits}
         return AttentionQuantizer(
-            {
-                operand: self._quantizer(self.observed[f"{plan.name}.{operand}"], bits[operand], plan.per_step)
-                for operand in OPERANDS
-            }
+            {operand: self._quantizer(self.observed[f"{plan.name}.{operand}"], bits[operand]) for operand in OPERANDS}
         )
 
-    def _quantizer(self, seen: Observed, bits: int, per_step: bool) -> ActivationQuantizer:
+    def _quantizer(self, seen: Observed, bits: int) -> ActivationQuantizer:
         activations = self.method.activations
-        scale, zero_point = seen.range(bits, activations.range, per_step=per_step, signed=activations.signed)
+        scale, zero_point = seen.range(
+            bits, activations.range, per_step=activations.per_step, signed=activations.signed
+        )
         return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=activations.signed)
