@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitstep import library
+from bitstep.errors import BitstepError
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.replay import Replay, enable_replay
 from bitstep.runtime.tape import plan, record
@@ -233,8 +234,8 @@ def test_a_forward_method_replaced_inside_runs_every_time(model: UNet2DModel) ->
 def test_gradients_and_observers_get_the_real_pass(model: UNet2DModel) -> None:
     set_backend(model, "reference")
     warm(model)
-    with torch.enable_grad():
-        assert forward(model).requires_grad
+    with torch.enable_grad(), pytest.raises(BitstepError, match="no gradients"):
+        model(torch.zeros(2, 3, 8, 8, requires_grad=True), torch.tensor(420.0))
     with FlopCounterMode(display=False) as counter:
         forward(model)
     assert counter.get_total_flops() > 0

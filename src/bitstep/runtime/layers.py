@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
-from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
+from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem, refuse_gradients
 from bitstep.runtime.tables import StepRows, rows_of
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -170,12 +170,16 @@ class PackedModule(nn.Module):
 
     def prepare(self) -> None:
         """Choose the kernel and re-lay the weight out for it, now rather than in the first forward pass."""
+        if self.weight_scale.is_meta:
+            raise BitstepError("a packed layer has no values: load them, or offload the model without its buffers")
         self._run = self.kernel.prepare(self.problem, self.tensors())
         if isinstance(self._run, CodeKeeper):
             self._buffers["weight_packed"] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in float32 and returns the dtype of ``x``."""
+        if self.format.activation_bits is not None:
+            refuse_gradients(x)
         taken = x if x.dtype in self.kernel.dtypes else x.float()
         return self.run(taken, *self.input_rows(x)).to(x.dtype)
 

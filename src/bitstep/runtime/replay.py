@@ -133,7 +133,7 @@ class Watch:
         self._inner = modules[1:]
         self._handles = RemovableHandle.next_id
         self._hooked = self._has_hooks()
-        if self._hooked or any("forward" in vars(m) for m in self._inner):
+        if self._hooked:
             self.refusal = "there are hooks inside"
         processors = filter(None, (getattr(m, "processor", None) for m in self._inner))
         if any(not type(p).__module__.startswith("diffusers.") for p in processors):
