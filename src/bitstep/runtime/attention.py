@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitstep.attention import OPERANDS, Interception, attend, intercept
 from bitstep.errors import BitstepError
+from bitstep.numerics.packing import keeping_dtype
 from bitstep.numerics.uniform import rounded
 from bitstep.runtime import native
 from bitstep.runtime.tables import StepRows, rows_of
@@ -93,7 +94,7 @@ class PackedAttention(nn.Module):
         self.rows = rows if attention_format.steps > 1 else None
         self.native = False
         for operand in OPERANDS:
-            self.register_buffer(f"{operand}_scale", torch.empty(attention_format.steps))
+            self.register_buffer(f"{operand}_scale", torch.empty(attention_format.steps, dtype=torch.float32))
             self.register_buffer(f"{operand}_zero_point", torch.empty(attention_format.steps, dtype=torch.uint8))
             if self.rows is not None:
                 self.rows.tables.append((self, operand))
@@ -140,7 +141,7 @@ class PackedAttention(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.errors import BitstepError
-from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
+from bitstep.numerics.packing import QuantizedWeight, keeping_dtype, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem, refuse_gradients
 from bitstep.runtime.tables import StepRows, rows_of
 
@@ -105,6 +105,12 @@ class PackedModule(nn.Module):
     input_zero_point: Tensor | None
     input_channel_reciprocal: Tensor | None
     bias: Tensor | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapters make layers of their own as ``type(layer)(in, out, ...)``: these are plain ones."""
+        if args and isinstance(args[0], int):
+            return next(base for base in cls.__mro__ if not issubclass(base, PackedModule))(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, like: Packable, layer_format: LayerFormat, rows: StepRows | None) -> None:
         """An empty packed layer with the geometry, the bias and the device of ``like``.
@@ -223,7 +229,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget_kernel()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_kernel()
