@@ -370,6 +370,14 @@ def test_a_fused_block_follows_its_layers_to_another_kernel() -> None:
     torch.testing.assert_close(block(x, None), expected)
 
 
+def test_half_precision_is_computed_but_said_to_be_slow() -> None:
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
+    fuse(packed(nn.Sequential(block)))
+    block.half()
+    with pytest.warns(UserWarning, match="slow on a CPU"):
+        assert block(torch.ones(1, 16, 4, 4).half(), None).dtype == torch.float16
+
+
 def test_a_block_on_another_kernel_is_left_alone() -> None:
     block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
     assert fuse(nn.Sequential(block)) == []

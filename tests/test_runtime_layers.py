@@ -153,6 +153,13 @@ def test_an_adapter_makes_a_plain_layer_of_its_type(layer: nn.Module) -> None:
     assert made.weight.requires_grad
 
 
+def test_an_adapter_cannot_be_fused() -> None:
+    module = filled(nn.Linear(4, 3), random_layer(nn.Linear(4, 3)))
+    assert type(module.weight * 2) is Tensor
+    with pytest.raises(BitstepError, match="leave adapters unfused"):
+        module.weight.data += torch.ones(3, 4)
+
+
 def test_new_weights_are_prepared_again() -> None:
     layer, x = nn.Linear(8, 3), torch.randn(2, 8)
     module = filled(layer, random_layer(layer, seed=1))

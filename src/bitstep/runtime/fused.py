@@ -7,6 +7,7 @@ forward pass is fused. What the subclass does not know (a mask, a hook on a laye
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -316,12 +317,15 @@ def _native(*layers: nn.Module) -> bool:
 
 def _runs_fused(x: Tensor, layers: tuple[nn.Module, ...], *others: nn.Module | None) -> bool:
     """Whether the library takes x and still runs ``layers``, and nobody watches them or the others between them."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and _native(*layers)
-        and not any(is_watched(module) for module in (*layers, *others) if module is not None)
-    )
+    if (
+        x.device.type != "cpu"
+        or not _native(*layers)
+        or any(is_watched(module) for module in (*layers, *others) if module is not None)
+    ):
+        return False
+    if x.dtype != torch.float32:
+        warnings.warn(f"{x.dtype} is slow on a CPU: load the packed model with torch_dtype=torch.float32", stacklevel=1)
+    return x.dtype == torch.float32
 
 
 def _run(

@@ -162,7 +162,7 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, float32, computed at every read."""
-        return self.tensors().weight.dequantize()
+        return self.tensors().weight.dequantize().as_subclass(_Computed)
 
     def tensors(self) -> LayerTensors:
         """The layer's tensors as kernels take them, the codes unpacked."""
@@ -245,6 +245,21 @@ class PackedModule(nn.Module):
         # a copy prepares its own kernel: its tensors may be changed
         buffers = {**self._buffers, "weight_packed": self.weight_packed}
         return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_run": None}
+
+
+class _Computed(Tensor):
+    """A tensor that was computed to be read. Adapters are fused by writing to ``weight.data``, which would be lost."""
+
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise BitstepError("a packed weight cannot be written to: leave adapters unfused")
 
 
 class PackedLinear(PackedModule, nn.Linear):  # type: ignore[misc, override]
