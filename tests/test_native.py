@@ -237,3 +237,9 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
+
+
+def test_a_shortage_of_memory_is_an_error() -> None:
+    far = Case(kernel=(1, 1), size=(1, 1), padding=2**24, stride=2**24, rows=1)
+    with pytest.raises(MemoryError, match="bitstep_convolution is out of memory"):
+        run(far)

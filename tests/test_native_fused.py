@@ -110,6 +110,21 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
         assert steps.mean() < 0.01
 
 
+@pytest.mark.parametrize("own", [21, 5])
+def test_group_normalization_far_from_zero(own: int) -> None:
+    case = Case(channels=(21, 21), kernel=(1, 1), padding=0, weight_bits=2, activation_bits=8, bias=False)
+    tensors = tensors_for(case, exact=True)
+    tensors.weight.codes.copy_(2 + torch.eye(21)[None])
+    tensors.weight.scale.fill_(1)
+    layer, step = Convolution(case.problem, tensors), (torch.tensor([0.05]), torch.tensor([128.0]))
+    x = torch.randn(2, 9, 8, 21) + 3000
+    normal = nn.functional.group_norm(x.movedim(3, 1).double(), 3).movedim(1, 3)
+    got = torch.empty_like(x)
+    parts = x if own == 21 else (x[..., :own].contiguous(), x[..., own:].contiguous())
+    layer.call(got, parts, *step, Before(eps=1e-5, groups=3), None, None, None, 1)()
+    assert (got - normal.clip(-6.4, 6.35)).abs().max() < 0.05
+
+
 @pytest.mark.parametrize(("own", "rest"), [(16, 32), (5, 9), (1, 20)])
 def test_a_map_in_two_parts_is_their_concatenation(own: int, rest: int) -> None:
     channels = own + rest

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bitstep.errors import BitstepError
-from bitstep.library import current_instruction_set, library
+from bitstep.library import check, current_instruction_set, library
 from bitstep.runtime.kernel import refuse_gradients
 
 Call = Callable[[], object]
@@ -145,6 +145,8 @@ def kernels() -> ctypes.CDLL | None:
     ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
     lib.bitstep_coded_attention.argtypes = [POINTER(AttentionShape), POINTER(Step), *[c_void_p] * 4, c_int]
+    for function in (lib.bitstep_convolution, lib.bitstep_attention, lib.bitstep_coded_attention):
+        function.errcheck = check
     return lib
 
 
