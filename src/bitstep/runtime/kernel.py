@@ -84,9 +84,9 @@ class Kernel(ABC):
         """Re-lay the weight out once and return the function that runs the layer."""
 
 
-def refuse_gradients(x: Tensor) -> None:
-    """BitstepError where autograd would differentiate what is computed from x: rounding would cut the gradient."""
-    if x.requires_grad and torch.is_grad_enabled():
+def refuse_gradients(*inputs: Tensor) -> None:
+    """BitstepError where autograd would differentiate what is computed from inputs: rounding would cut the gradient."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise BitstepError("packed layers have no gradients: run them under torch.no_grad()")
 
 

@@ -93,12 +93,13 @@ def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any, in_parts: bool =
     BitstepError for tensors that it cannot read, or that are to be differentiated. That shapes fit is for the caller to
     know.
     """
-    for tensor in _tensors((y, *args)):
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    tensors = list(_tensors((y, *args)))
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             raise BitstepError(
                 f"the native kernels take contiguous float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
             )
-        refuse_gradients(tensor)
+    refuse_gradients(*tensors)
     bind(y, *args)()
     listener = _listener.get()
     if listener is not None:
