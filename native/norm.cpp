@@ -57,7 +57,7 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
     }
   });
   for (int64_t sample = 0; sample < map.batch; ++sample) {
-    const float *pivot = x + sample * pixels * own, *rest_pivot = map.rest + sample * pixels * map.rest_channels - own;
+    const float *pivot = x + sample * pixels * own, *rest_pivot = map.rest + sample * pixels * map.rest_channels;
     for (int64_t group = 0; group < groups; ++group) {
       double total = 0, squares = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -65,7 +65,7 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
         const double n = static_cast<double>(std::min(kChunk, pixels - chunk * kChunk));
         for (int64_t c = 0; c < width; ++c) {
           const int64_t channel = group * width + c;
-          const double p = (channel < own ? pivot : rest_pivot)[channel], sum = sums[c];
+          const double p = channel < own ? pivot[channel] : rest_pivot[channel - own], sum = sums[c];
           total += sum + n * p;
           squares += sums[channels + c] + p * (2 * sum + n * p);
         }
