@@ -94,21 +94,23 @@ BITSTEP_API const char* const* bitstep_instruction_sets(void);
 // Use one of them from now on; nonzero if it is not offered.
 BITSTEP_API int bitstep_use(const char* instruction_set);
 
+// What follows returns 0, or 1 where there was no memory for what is kept meanwhile: the results are then undefined.
+
 // x -> codes -> y [batch, out_h, out_w, out_channels]; prologue may be null.
-BITSTEP_API void bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map,
-                                     const bitstep_prologue* prologue, const bitstep_step* step, const float* x,
-                                     const bitstep_epilogue* epilogue, float* y, int threads);
+BITSTEP_API int bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map,
+                                    const bitstep_prologue* prologue, const bitstep_step* step, const float* x,
+                                    const bitstep_epilogue* epilogue, float* y, int threads);
 // y = softmax(scale q k^T) v, per head.
-BITSTEP_API void bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
-                                   float* y, int threads);
+BITSTEP_API int bitstep_attention(const bitstep_attention_shape* shape, const float* q, const float* k, const float* v,
+                                  float* y, int threads);
 // The same of operands that are rounded first, the probabilities too; steps of queries, keys, values and probabilities.
-BITSTEP_API void bitstep_coded_attention(const bitstep_attention_shape* shape, const bitstep_step* steps,
-                                         const float* q, const float* k, const float* v, float* y, int threads);
+BITSTEP_API int bitstep_coded_attention(const bitstep_attention_shape* shape, const bitstep_step* steps,
+                                        const float* q, const float* k, const float* v, float* y, int threads);
 // y = scale (clip(round(x * (1 / scale)) + zero_point, 0, top) - zero_point), all [count][length].
-BITSTEP_API void bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads);
+BITSTEP_API int bitstep_fake_quantize(const bitstep_rows* rows, const float* x, float* y, int threads);
 // The gradients of LSQ: grad_x [count][length], grad_scale and grad_zero_point [count].
-BITSTEP_API void bitstep_fake_quantize_backward(const bitstep_rows* rows, const float* x, const float* grad,
-                                                float* grad_x, float* grad_scale, float* grad_zero_point, int threads);
+BITSTEP_API int bitstep_fake_quantize_backward(const bitstep_rows* rows, const float* x, const float* grad,
+                                               float* grad_x, float* grad_scale, float* grad_zero_point, int threads);
 
 #ifdef __cplusplus
 }

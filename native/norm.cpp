@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t kChunk = 64;  // pixels summed in float before they are added up in double
 
-// Sums of the values and of their squares over some pixels, per channel. Pixels are read in order, as memory likes it.
-void moments(const float* x, int64_t pixels, int64_t channels, float* sums, float* squares) {
+// Sums of the values less a pivot, and of their squares, over some pixels, per channel. A value of the channel as pivot
+// leaves nothing large to cancel where the mean is far from zero. Pixels are read in order, as memory likes it.
+void moments(const float* x, const float* pivot, int64_t pixels, int64_t channels, float* sums, float* squares) {
   constexpr int64_t kTogether = 4;
   std::fill(sums, sums + channels, 0.0f);
   std::fill(squares, squares + channels, 0.0f);
@@ -21,8 +22,9 @@ void moments(const float* x, int64_t pixels, int64_t channels, float* sums, floa
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, channels - c));
       F s = load_some(sums + c, lanes), q = load_some(squares + c, lanes);
+      const F origin = load_some(pivot + c, lanes);
       for (int64_t p = 0; p < count; ++p) {
-        const F value = load_some(x + p * channels + c, lanes);
+        const F value = load_some(x + p * channels + c, lanes) - origin;
         s += value;
         q += value * value;
       }
@@ -48,18 +50,24 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
       const int64_t sample = part / chunks, first = part % chunks * kChunk;
       const int64_t at = sample * pixels + first, count = std::min(kChunk, pixels - first);
       float* sums = parts + part * 2 * channels;
-      moments(x + at * own, count, own, sums, sums + channels);
-      moments(map.rest + at * map.rest_channels, count, map.rest_channels, sums + own, sums + channels + own);
+      const float *pivot = x + sample * pixels * own, *rest_pivot = map.rest + sample * pixels * map.rest_channels;
+      moments(x + at * own, pivot, count, own, sums, sums + channels);
+      moments(map.rest + at * map.rest_channels, rest_pivot, count, map.rest_channels, sums + own,
+              sums + channels + own);
     }
   });
   for (int64_t sample = 0; sample < map.batch; ++sample) {
+    const float *pivot = x + sample * pixels * own, *rest_pivot = map.rest + sample * pixels * map.rest_channels;
     for (int64_t group = 0; group < groups; ++group) {
       double total = 0, squares = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const float* sums = parts + (sample * chunks + chunk) * 2 * channels + group * width;
+        const double n = static_cast<double>(std::min(kChunk, pixels - chunk * kChunk));
         for (int64_t c = 0; c < width; ++c) {
-          total += sums[c];
-          squares += sums[channels + c];
+          const int64_t channel = group * width + c;
+          const double p = channel < own ? pivot[channel] : rest_pivot[channel - own], sum = sums[c];
+          total += sum + n * p;
+          squares += sums[channels + c] + p * (2 * sum + n * p);
         }
       }
       const double count = static_cast<double>(pixels * width), mean = total / count;

@@ -23,15 +23,20 @@ struct Region {
   int parts;
   void (*body)(void*, int64_t, int64_t);
   void* context;
+  std::atomic<bool> exhausted{false};
 };
 
 void work(void* data) {
-  const auto& region = *static_cast<const Region*>(data);
+  auto& region = *static_cast<Region*>(data);
   // The same thread has the same part of every map, which then stays in its core's cache from layer to layer. A team
   // may be smaller than asked for.
   const int team = team_size.load(std::memory_order_relaxed)();
-  for (int part = thread_number.load(std::memory_order_relaxed)(); part < region.parts; part += team) {
-    region.body(region.context, region.count * part / region.parts, region.count * (part + 1) / region.parts);
+  try {
+    for (int part = thread_number.load(std::memory_order_relaxed)(); part < region.parts; part += team) {
+      region.body(region.context, region.count * part / region.parts, region.count * (part + 1) / region.parts);
+    }
+  } catch (const std::bad_alloc&) {  // may not leave its thread
+    region.exhausted = true;
   }
 }
 
@@ -49,6 +54,7 @@ void parallel(int64_t count, int threads, void (*body)(void*, int64_t, int64_t),
   if (parts <= 1 || !fork) return body(context, 0, count);
   Region region{count, parts, body, context};
   fork(work, &region, static_cast<unsigned>(parts), 0);
+  if (region.exhausted) throw std::bad_alloc();
 }
 
 void* scratch(Slot slot, size_t bytes) {
@@ -56,6 +62,7 @@ void* scratch(Slot slot, size_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < bytes) {
     const size_t size = (bytes + 4095) / 4096 * 4096;
+    buffer = {};
     buffer.data.reset(std::aligned_alloc(64, size));
     if (!buffer.data) throw std::bad_alloc();
     buffer.size = size;

@@ -89,6 +89,7 @@ def test_shards_hold_the_same_model(model: UNet2DModel, tmp_path: Path) -> None:
     assert files(tmp_path / "first") == files(tmp_path / "second")
 
 
+@pytest.mark.filterwarnings("ignore:.* is slow on a CPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_leaves_scales_in_float32(model: UNet2DModel, tmp_path: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(tmp_path)

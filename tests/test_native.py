@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitstep import library
+from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime.cpu import CpuKernel
 from bitstep.runtime.kernel import LayerTensors, Operation, Problem
@@ -164,3 +165,81 @@ def test_outputs_agree_to_rounding(weight_bits: int) -> None:
         Case(weight_bits=weight_bits, activation_bits=8, channels=(96, 40), reciprocal=True), exact=False
     )
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        (Case(), (2, 21, 7, 5)),
+        (Case(), (2, 3, 7, 5)),
+        (Case(padding=0), (2, 20, 2, 100)),
+        (Case(padding=0, stride=2), (2, 20, 2, 2)),
+        (Case(padding=0), (2, 20, 0, 5)),
+        (Case(op="linear", kernel=(), padding=0), (2, 5, 33)),
+    ],
+    ids=["more channels", "fewer channels", "low", "small, strided", "empty", "linear"],
+)
+def test_inputs_that_do_not_fit_are_refused(case: Case, shape: tuple[int, ...]) -> None:
+    layer = CpuKernel().prepare(case.problem, tensors_for(case, exact=True))
+    with pytest.raises(BitstepError, match="a layer of 20 channels"):
+        layer(torch.zeros(shape), torch.ones(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "shape", "expected"),
+    [
+        ("linear", (), (0, 5, 20), (0, 5, 37)),
+        ("linear", (), (2, 0, 20), (2, 0, 37)),
+        ("conv2d", (1, 1), (0, 20, 3, 3), (0, 37, 3, 3)),
+    ],
+)
+def test_nothing_gives_nothing(
+    op: Operation, kernel: tuple[int, ...], shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    case = Case(op=op, kernel=kernel, padding=0)
+    layer = CpuKernel().prepare(case.problem, tensors_for(case, exact=True))
+    assert layer(torch.zeros(shape), torch.ones(1), torch.zeros(1)).shape == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.zeros(2, 20, device="meta"), "float32 tensors on the CPU, got torch.float32 on meta"),
+        (torch.zeros(2, 20, dtype=torch.float64), "float32 tensors on the CPU, got torch.float64 on cpu"),
+        (torch.zeros(2, 20, requires_grad=True), "no gradients"),
+    ],
+    ids=["meta", "float64", "gradients"],
+)
+def test_tensors_that_cannot_be_read_are_refused(x: torch.Tensor, why: str) -> None:
+    case = Case(op="linear", kernel=(), padding=0)
+    layer = CpuKernel().prepare(case.problem, tensors_for(case, exact=True))
+    with pytest.raises(BitstepError, match=why):
+        layer(x, torch.ones(1), torch.zeros(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_refused() -> None:
+    case = Case(op="linear", kernel=(), padding=0)
+    layer = CpuKernel().prepare(case.problem, tensors_for(case, exact=True))
+    with pytest.raises(BitstepError, match="backend 'reference'"):
+        torch.jit.trace(lambda x: layer(x, torch.ones(1), torch.zeros(1)), torch.zeros(2, 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        got = CpuKernel().prepare(Case().problem, tensors_for(Case(), exact=True))(
+            torch.ones(2, 20, 7, 5, dtype=torch.float32),
+            torch.ones(1, dtype=torch.float32),
+            torch.zeros(1, dtype=torch.float32),
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+
+
+def test_a_shortage_of_memory_is_an_error() -> None:
+    far = Case(kernel=(1, 1), size=(1, 1), padding=2**24, stride=2**24, rows=1)
+    with pytest.raises(MemoryError, match="bitstep_convolution is out of memory"):
+        run(far)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bitstep import library
 from bitstep.denoiser.attention import OPERANDS
+from bitstep.errors import BitstepError
 from bitstep.numerics.packing import pack
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.attention import AttentionFormat, Operand, PackedAttention, attention
@@ -106,6 +108,21 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
         steps = ((layer.convolve(x, scale, zero_point, before) - expected) / scale).round().abs()
         assert steps.max() <= 1
         assert steps.mean() < 0.01
+
+
+@pytest.mark.parametrize("own", [21, 5])
+def test_group_normalization_far_from_zero(own: int) -> None:
+    case = Case(channels=(21, 21), kernel=(1, 1), padding=0, weight_bits=2, activation_bits=8, bias=False)
+    tensors = tensors_for(case, exact=True)
+    tensors.weight.codes.copy_(2 + torch.eye(21)[None])
+    tensors.weight.scale.fill_(1)
+    layer, step = Convolution(case.problem, tensors), (torch.tensor([0.05]), torch.tensor([128.0]))
+    x = torch.randn(2, 9, 8, 21) + 3000
+    normal = nn.functional.group_norm(x.movedim(3, 1).double(), 3).movedim(1, 3)
+    got = torch.empty_like(x)
+    parts = x if own == 21 else (x[..., :own].contiguous(), x[..., own:].contiguous())
+    layer.call(got, parts, *step, Before(eps=1e-5, groups=3), None, None, None, 1)()
+    assert (got - normal.clip(-6.4, 6.35)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("own", "rest"), [(16, 32), (5, 9), (1, 20)])
@@ -288,15 +305,74 @@ def test_coded_attention_of_a_long_row() -> None:
     torch.testing.assert_close(y[0, 1], fake_quantize(k[0, 4321], *rounding))
 
 
-def test_a_hook_inside_sees_its_layer() -> None:
-    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
-    model = packed(nn.Sequential(block))
-    assert fuse(model) == fused_blocks(model) == ["0"]
-    seen = []
-    handle = block.conv2.register_forward_hook(lambda *_: seen.append(True))
-    block(torch.randn(1, 16, 4, 4), None)
-    handle.remove()
-    assert seen
+@pytest.mark.parametrize("shape", [(1, 5, 8), (3, 5, 8), (2, 5, 12)], ids=["broadcast", "batch", "width"])
+def test_attention_refuses_keys_that_do_not_fit(shape: tuple[int, ...]) -> None:
+    keys = torch.zeros(shape)
+    with pytest.raises(BitstepError, match="attention of 2 heads"):
+        attention(torch.zeros(2, 3, 8), keys, keys, 2)
+
+
+@pytest.mark.parametrize(
+    "given", [{"bias": torch.ones(1, 37)}, {"gain": torch.ones(3, 37)}, {"residual": torch.ones(2)}]
+)
+def test_what_is_added_must_fit(given: dict[str, Any]) -> None:
+    layer = Convolution(Case().problem, tensors_for(Case(), exact=True))
+    with pytest.raises(BitstepError, match="expected tensors of shape"):
+        layer.convolve(torch.zeros(2, 7, 5, 20), torch.ones(1), torch.zeros(1), **given)
+
+
+SITES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
+    "resnet": (lambda: ResnetBlock2D(in_channels=16, temb_channels=None, groups=4), (torch.ones(1, 16, 4, 4), None)),
+    "attention": (lambda: Attention(16, heads=2, dim_head=8, norm_num_groups=4), (torch.ones(1, 16, 4, 4),)),
+    "transformer": (
+        lambda: BasicTransformerBlock(16, 2, 8, cross_attention_dim=16),
+        (torch.ones(1, 9, 16), None, torch.ones(1, 5, 16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_hooks_and_replaced_forward_methods_inside_see_their_modules(site: str) -> None:
+    build, args = SITES[site]
+    plain, block = build().eval(), build()
+    assert fuse(packed(nn.Sequential(block)))[0] == "0"
+    for name, _ in list(plain.named_modules())[1:]:
+        seen: list[str] = []
+        plain.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append("plain"))
+        plain(*args)
+        module = block.get_submodule(name)
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append("hook"))
+        block(*args)
+        handle.remove()
+        original = module.forward
+        module.forward = lambda *a, seen=seen, original=original, **k: seen.append("forward") or original(*a, **k)
+        block(*args)
+        del module.forward
+        assert {*seen} in ({"plain", "hook", "forward"}, set())
+
+
+class Adapted(nn.Module):
+    """What an adapter puts in a layer's place."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return 2 * self.base_layer(x)
+
+
+@pytest.mark.parametrize(("site", "name"), [("resnet", "conv2"), ("attention", "to_q"), ("transformer", "attn1.to_k")])
+def test_an_adapter_inside_is_run(site: str, name: str) -> None:
+    build, args = SITES[site]
+    block = build()
+    fuse(packed(nn.Sequential(block)))
+    block.set_submodule(name, Adapted(block.get_submodule(name)))
+    unfused = copy.deepcopy(block)
+    for module in unfused.modules():
+        if fused_blocks(module)[:1] == [""]:
+            module.__class__ = type(module).__base__
+    assert torch.equal(block(*args), unfused(*args))
 
 
 def test_a_fused_block_follows_its_layers_to_another_kernel() -> None:
@@ -307,6 +383,14 @@ def test_a_fused_block_follows_its_layers_to_another_kernel() -> None:
     block.conv1.choose = lambda _: ReferenceKernel()
     block.conv1.forget_kernel()
     torch.testing.assert_close(block(x, None), expected)
+
+
+def test_half_precision_is_computed_but_said_to_be_slow() -> None:
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
+    fuse(packed(nn.Sequential(block)))
+    block.half()
+    with pytest.warns(UserWarning, match="slow on a CPU"):
+        assert block(torch.ones(1, 16, 4, 4).half(), None).dtype == torch.float16
 
 
 def test_a_block_on_another_kernel_is_left_alone() -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitstep import library
+from bitstep.errors import BitstepError
 from bitstep.runtime.dispatch import set_backend
 from bitstep.runtime.replay import Replay, enable_replay
 from bitstep.runtime.tape import plan, record
@@ -206,11 +208,29 @@ def test_a_forward_method_replaced_inside_runs_every_time(model: UNet2DModel) ->
 def test_gradients_and_observers_get_the_real_pass(model: UNet2DModel) -> None:
     set_backend(model, "reference")
     warm(model)
-    with torch.enable_grad():
-        assert forward(model).requires_grad
+    with torch.enable_grad(), pytest.raises(BitstepError, match="no gradients"):
+        model(torch.zeros(2, 3, 8, 8, requires_grad=True), torch.tensor(420.0))
     with FlopCounterMode(display=False) as counter:
         forward(model)
     assert counter.get_total_flops() > 0
+
+
+def test_threads_stand_at_timesteps_of_their_own(model: UNet2DModel) -> None:
+    timesteps = (50.0, 300.0, 420.0, 900.0)
+    expected = [forward(model, timestep) for timestep in timesteps]
+    with ThreadPoolExecutor(4, initializer=torch.set_grad_enabled, initargs=(False,)) as threads:
+        got = list(threads.map(forward, [model] * 80, timesteps * 20))
+    assert all(map(torch.equal, got, expected * 20))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiler_leaves_replay_alone(model: UNet2DModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = forward(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    for seed in range(4):
+        forward(compiled, seed=seed)
+    monkeypatch.delattr(Replay, "_forward")  # from now on nothing runs layer by layer
+    assert torch.equal(forward(compiled), expected)
 
 
 def test_inference_mode_and_no_grad_share_a_tape(model: UNet2DModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitstep.checkpoint import PackedLayer
+from bitstep.denoiser.preconditioning import Preconditioning
 from bitstep.denoiser.steps import StepCursor, StepError, interpolate, interpolate_scale, per_sample
 from bitstep.errors import BitstepError, UsageError
 from bitstep.numerics.uniform import fake_quantize
+from bitstep.runtime.attention import AttentionFormat, PackedAttention
 from bitstep.runtime.dispatch import KERNELS, choose, kernels_in_use, reasons, set_backend
 from bitstep.runtime.layers import PackedConv2d, PackedLinear, packed_like
 from bitstep.runtime.tables import StepRows
@@ -120,6 +123,34 @@ def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> No
     module = filled(layer, random_layer(layer))
     set_backend(module)
     assert torch.equal(module(x), module(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)])
+def test_a_change_of_dtype_leaves_the_format_alone(move: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x, cursor = nn.Linear(8, 3), torch.randn(2, 8), StepCursor(GRID)
+    model = nn.Sequential(filled(layer, random_layer(layer)), Preconditioning(cursor), nn.LayerNorm(3))
+    PackedAttention(AttentionFormat(4, 8, 1), None).attach(model[2])
+    set_backend(model)
+    expected = model[0](x)
+    before = [tensor.dtype for tensor in model.state_dict().values()]
+    after = [tensor.dtype for tensor in move(model).state_dict().values()]
+    assert [now for now, then in zip(after, before, strict=True) if now != then] == [model[2].weight.dtype] * 2
+    assert torch.equal(model[0](x), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.Conv2d(4, 4, 3)])
+def test_an_adapter_makes_a_plain_layer_of_its_type(layer: nn.Module) -> None:
+    module: Any = filled(layer, random_layer(layer))
+    made = type(module)(4, 2, *([] if isinstance(layer, nn.Linear) else [1]), bias=False)
+    assert type(made) is type(layer)
+    assert made.weight.requires_grad
+
+
+def test_an_adapter_cannot_be_fused() -> None:
+    module = filled(nn.Linear(4, 3), random_layer(nn.Linear(4, 3)))
+    assert type(module.weight * 2) is Tensor
+    with pytest.raises(BitstepError, match="leave adapters unfused"):
+        module.weight.data += torch.ones(3, 4)
 
 
 def test_new_weights_are_prepared_again() -> None:

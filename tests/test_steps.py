@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -136,6 +137,12 @@ def test_outside_a_forward_pass_there_is_no_position() -> None:
 def test_a_model_without_a_timestep_argument_is_refused() -> None:
     with pytest.raises(StepError, match="no argument named timestep"):
         StepCursor(StepGrid((0.5,), 1.0)).attach(nn.Linear(2, 2))
+
+
+def test_threads_have_positions_of_their_own() -> None:
+    cursor = StepCursor(StepGrid((0.2, 0.6), 1.0))
+    with cursor.at(0.2), ThreadPoolExecutor() as threads, pytest.raises(StepError, match="no timestep is set"):
+        threads.submit(lambda: cursor.position).result()
 
 
 def test_a_deep_copy_has_a_cursor_of_its_own() -> None:

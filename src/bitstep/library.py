@@ -10,6 +10,7 @@ from ctypes import POINTER, c_char_p, c_void_p
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library works on
 
@@ -36,6 +37,12 @@ def library() -> ctypes.CDLL | None:
     lib.bitstep_set_threads(*(ctypes.cast(function, c_void_p) if function else None for function in openmp))
     _use(lib, os.environ.get(INSTRUCTION_SET_VARIABLE) or _names(lib)[0])
     return lib
+
+
+def check(status: Any, function: Any, _: Any) -> Any:
+    """The ``errcheck`` of a kernel: MemoryError where there was none for what it keeps meanwhile."""
+    if status:
+        raise MemoryError(f"{function.__name__} is out of memory")
 
 
 def instruction_sets() -> list[str]:

@@ -93,6 +93,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: ModelMixin, **_: Any) -> None:
         # an index may promise what its shards do not hold
         _refuse_missing(model, [key for key, tensor in model.state_dict().items() if tensor.is_meta])
+        model.requires_grad_(False)  # what would train the rest would get no gradients through packed layers
         set_backend(model)
         fused.fuse(model)
         enable_replay(model)

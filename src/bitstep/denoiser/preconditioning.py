@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.denoiser.steps import StepCursor, interpolate, per_sample
+from bitstep.numerics.packing import keeping_dtype
 
 _TINY = 1e-30
 
@@ -38,8 +39,8 @@ class Preconditioning(nn.Module):
     def __init__(self, cursor: StepCursor) -> None:
         super().__init__()
         self.cursor = cursor
-        self.register_buffer("out", torch.ones(len(cursor.grid)))
-        self.register_buffer("skip", torch.zeros(len(cursor.grid)))
+        self.register_buffer("out", torch.ones(len(cursor.grid), dtype=torch.float32))
+        self.register_buffer("skip", torch.zeros(len(cursor.grid), dtype=torch.float32))
         self._sample = ""
 
     def attach(self, denoiser: nn.Module) -> None:
@@ -48,6 +49,9 @@ class Preconditioning(nn.Module):
         denoiser.add_module(self.NAME, self)
         # first of all hooks: the cursor's own forgets the position
         denoiser.register_forward_hook(self._called, with_kwargs=True, prepend=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         output = result if isinstance(result, Tensor) else result[0]

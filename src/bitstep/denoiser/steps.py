@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -101,8 +102,17 @@ def _tensor(keys: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(keys, dtype=torch.float64, device=device)
 
 
+class Standing(threading.local):
+    """Where the calling thread stands; a copy stands nowhere."""
+
+    position: Position | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
 class StepCursor:
-    """The position of the forward pass under way, shared by every quantizer of a model.
+    """The position of the forward pass under way, shared by every quantizer of a model; each thread has its own.
 
     :meth:`attach` hooks it to the denoiser. It deep-copies with the model: the copy's quantizers share the copy's
     cursor.
@@ -110,17 +120,18 @@ class StepCursor:
 
     def __init__(self, grid: StepGrid) -> None:
         self.grid = grid
-        self._position: Position | None = None
+        self._now = Standing()
         self._argument: tuple[int, str] | None = None
 
     @property
     def position(self) -> Position:
         """Where we are; raises :class:`StepError` outside a forward pass of the denoiser."""
-        if self._position is None:
+        position = self._now.position
+        if position is None:
             raise StepError(
                 "no timestep is set: run the layer inside its denoiser's forward, or under StepCursor.at(timestep)"
             )
-        return self._position
+        return position
 
     def attach(self, denoiser: nn.Module) -> None:
         """Set the position from the ``timestep`` argument of every forward of ``denoiser``, and clear it after."""
@@ -154,20 +165,20 @@ class StepCursor:
     @contextmanager
     def hold(self, position: Position) -> Iterator[None]:
         """Hold a position that was located before."""
-        previous, self._position = self._position, position
+        previous, self._now.position = self._now.position, position
         try:
             yield
         finally:
-            self._position = previous
+            self._now.position = previous
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._argument is not None
         index, name = self._argument
         timestep = kwargs[name] if name in kwargs else args[index]
-        self._position = self.grid.locate(timestep)
+        self._now.position = self.grid.locate(timestep)
 
     def _leave(self, *_: Any) -> None:
-        self._position = None
+        self._now.position = None
 
 
 def interpolate_scale(scale: Tensor, position: Position) -> Tensor:

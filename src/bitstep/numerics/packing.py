@@ -7,6 +7,7 @@ bits after the last code are zero. The layout knows no kernel; kernels re-lay we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,17 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 def packed_size(count: int, bits: int) -> int:
     """Bytes of one packed row."""
     return (count * bits + 7) // 8
+
+
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``model.half()`` or ``model.to(...)`` does to a tensor, but for its dtype: those of a packed model are its
+    format, and kernels read their memory as such."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = move(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitstep.library import library
+from bitstep.library import check, library
 
 
 class _Rows(ctypes.Structure):
@@ -34,6 +34,7 @@ def _kernels() -> ctypes.CDLL | None:
     if lib is not None:
         lib.bitstep_fake_quantize.argtypes = [POINTER(_Rows), *[c_void_p] * 2, c_int]
         lib.bitstep_fake_quantize_backward.argtypes = [POINTER(_Rows), *[c_void_p] * 5, c_int]
+        lib.bitstep_fake_quantize.errcheck = lib.bitstep_fake_quantize_backward.errcheck = check
     return lib
 
 

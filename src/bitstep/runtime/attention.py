@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.attention import OPERANDS, Interception, attend, intercept
 from bitstep.denoiser.steps import per_sample
+from bitstep.errors import BitstepError
+from bitstep.numerics.packing import keeping_dtype
 from bitstep.numerics.uniform import rounded
 from bitstep.runtime import native
 from bitstep.runtime.tables import StepRows, rows_of
@@ -38,6 +40,12 @@ def attention(
     ``operands``, of query, key, value and probability, quantizes them: both products are then exact sums of integers.
     Without, it is computed in 16-bit fixed point (steps per row of q, per head of k, per channel of v).
     """
+    native.refuse_tracing()
+    batch, _, channels = q.shape
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, channels) or channels % heads:
+        raise BitstepError(
+            f"attention of {heads} heads got queries {list(q.shape)}, keys {list(k.shape)}, values {list(v.shape)}"
+        )
     y = torch.empty_like(q)
     native.run(_attention_call, y, q, k, v, heads, operands, scale)
     return y
@@ -86,7 +94,7 @@ class PackedAttention(nn.Module):
         self.rows = rows if attention_format.steps > 1 else None
         self.native = False
         for operand in OPERANDS:
-            self.register_buffer(f"{operand}_scale", torch.empty(attention_format.steps))
+            self.register_buffer(f"{operand}_scale", torch.empty(attention_format.steps, dtype=torch.float32))
             self.register_buffer(f"{operand}_zero_point", torch.empty(attention_format.steps, dtype=torch.uint8))
             if self.rows is not None:
                 self.rows.tables.append((self, operand))
@@ -133,7 +141,7 @@ class PackedAttention(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()
@@ -145,7 +153,10 @@ class PackedAttention(nn.Module):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks other than those by which its packed attention is computed."""
+    """Whether ``module`` has a forward method put in the place of its own (accelerate offloads weights so), or hooks
+    other than those by which its packed attention is computed."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     owners = (getattr(hook, "__self__", None) for hook in hooks)
-    return any(not (isinstance(o, Interception) and isinstance(o.instead, PackedAttention)) for o in owners)
+    return "forward" in vars(module) or any(
+        not (isinstance(o, Interception) and isinstance(o.instead, PackedAttention)) for o in owners
+    )

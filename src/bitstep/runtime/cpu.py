@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
@@ -109,7 +110,7 @@ class Convolution:
     def __call__(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
         if self.op == "linear":
             x = x.contiguous()
-            y = self.convolve(x.reshape(x.shape[0], 1, -1, x.shape[-1]), scale, zero_point)
+            y = self.convolve(x.reshape(len(x), 1, prod(x.shape[1:-1]), x.shape[-1]), scale, zero_point)
             return y.reshape(*x.shape[:-1], self.out_channels)
         if self.op == "conv1d":
             return self.convolve(x.transpose(1, 2).contiguous()[:, None], scale, zero_point)[:, 0].transpose(1, 2)
@@ -130,14 +131,27 @@ class Convolution:
         """``residual + gain * (convolve(quantize(before(x))) + bias)``, on contiguous float32 NHWC tensors.
 
         ``bias`` ``[batch, out]`` replaces the layer's own; ``gain`` is ``[batch, out]``; ``residual`` has y's shape.
-        Every pixel of x stands for ``repeat`` x ``repeat`` of them.
+        Every pixel of x stands for ``repeat`` x ``repeat`` of them. BitstepError for what does not fit the layer.
         """
         assert scale is not None
         assert zero_point is not None
-        batch, height, width = (size * times for size, times in zip(x.shape, (1, repeat, repeat), strict=False))
-        y = torch.empty(batch, self._extent(0, height), self._extent(1, width), self.out_channels)
+        native.refuse_tracing()
+        batch, height, width, channels = x.shape
+        size = self._extent(0, height * repeat), self._extent(1, width * repeat)
+        if channels != self.in_channels or min(size) < (1 if x.numel() else 0):
+            raise BitstepError(
+                f"a layer of {self.in_channels} channels, its kernel {self.reach[0]}x{self.reach[1]} in all, "
+                f"got {channels} channels and a map of {height * repeat}x{width * repeat}"
+            )
+        y = x.new_empty(batch, *size, self.out_channels)
+        _require((bias, gain), (batch, self.out_channels))
+        _require((residual,), tuple(y.shape))
+        _require((scale, zero_point), (1,), (batch,))
+        if before is not None:
+            _require((before.gain, before.shift), (channels,), (1, channels), (batch, channels))
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
-        native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=True)
+        if y.numel():
+            native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=True)
         return y
 
     def call(
@@ -322,6 +336,13 @@ def _plane(values: tuple[int, ...], missing: int) -> tuple[int, int]:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _require(tensors: Iterable[Tensor | None], *shapes: tuple[int, ...]) -> None:
+    """The tensors, but for those left out, have all the same of the shapes."""
+    found = {tensor.shape for tensor in tensors if tensor is not None}
+    if len(found) > 1 or not found.issubset(shapes):
+        raise BitstepError(f"expected tensors of shape {shapes}, got {sorted(map(tuple, found))}")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -7,6 +7,7 @@ forward pass is fused. What the subclass does not know (a mask, a hook on a laye
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         )
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _runs_fused(input_tensor, self.norm1, self.conv1, self.norm2, self.conv2):
+        if args or kwargs or not self._runs_fused(input_tensor):
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
         x = _nhwc(input_tensor)
         bias = None
@@ -73,6 +74,9 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
         y = _run(self.conv2, h, _group_norm(self.norm2, "silu"), residual=residual)
         return _nchw(y) if self.output_scale_factor == 1 else _nchw(y) / self.output_scale_factor
+
+    def _runs_fused(self, x: Tensor) -> bool:
+        return _runs_fused(x, (self.conv1, self.conv2), self.norm1, self.nonlinearity, self.norm2, self.dropout)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
@@ -115,7 +119,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         return (
             mask is None
             and type(self.processor) is AttnProcessor2_0
-            and _runs_fused(x, self.to_q, self.to_k, self.to_v, self.to_out[0])
+            and _runs_fused(x, (self.to_q, self.to_k, self.to_v, self.to_out[0]), self.group_norm, *self.to_out)
         )
 
     def attend(
@@ -180,7 +184,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             or hidden_states.ndim != 3
             or not self.attn1.runs_fused(hidden_states, attention_mask)
             or (self.attn2 is not None and not self.attn2.runs_fused(hidden_states, encoder_attention_mask))
-            or not _runs_fused(hidden_states, self.attn1, self.ff, project, project.proj, out)
+            or not _runs_fused(hidden_states, (project.proj, out), *self._between())
         ):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states,
@@ -199,8 +203,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             embedding: Any = (
                 norm.emb(timestep, class_labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
             )
-            one = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).repeat_interleave(x.shape[-1])  # scales are gains less 1
-            rows = _project(norm.linear, embedding, norm.silu, one).chunk(6, dim=1)
+            # scales are gains less 1
+            one = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.float32).repeat_interleave(x.shape[-1])
+            rows = _project(norm.linear, embedding, norm.silu, one).expand(len(x), -1).chunk(6, dim=1)
             shift, gain, gate_attention, *late = (row.contiguous() for row in rows)
             before = _layer_norm(norm.norm, gain, shift)
             shift, gain, gate_feed = late
@@ -218,6 +223,11 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         else:
             hidden = F.gelu(hidden)
         return _run(out, hidden, activate, gain=gate_feed, residual=x)[:, 0]
+
+    def _between(self) -> list[nn.Module | None]:
+        """The modules that do not run, or only parts of them, when the block does."""
+        norm = self.norm1.norm if self.norm_type == "ada_norm_zero" else None
+        return [self.attn1, self.attn2, self.norm1, norm, self.norm2, self.norm3, self.ff, *self.ff.net]
 
 
 class FusedTimestepEmbedding(TimestepEmbedding):  # type: ignore[misc]
@@ -245,7 +255,7 @@ class FusedLabelEmbedding(CombinedTimestepLabelEmbeddings):  # type: ignore[misc
 
     def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
         embedder = self.timestep_embedder
-        if type(embedder) is not FusedTimestepEmbedding or embedder._forward_hooks or embedder._forward_pre_hooks:
+        if type(embedder) is not FusedTimestepEmbedding or is_watched(embedder):
             return super().forward(timestep, class_labels, hidden_dtype)  # type: ignore[no-any-return]
         hidden = embedder.linear_1(self.time_proj(timestep).to(dtype=hidden_dtype))
         return _project(embedder.linear_2, hidden, embedder.act, self.class_embedder(class_labels))
@@ -259,7 +269,7 @@ class FusedDownsample2D(Downsample2D):  # type: ignore[misc]
         return block.use_conv and block.padding == 0 and block.norm is None and _native(block.conv)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _runs_fused(hidden_states, self.conv):
+        if args or kwargs or not _runs_fused(hidden_states, (self.conv,)):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         x = _nhwc(hidden_states)
         batch, height, width, channels = x.shape
@@ -285,7 +295,7 @@ class FusedUpsample2D(Upsample2D):  # type: ignore[misc]
         )
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or output_size is not None or not _runs_fused(hidden_states, self.conv):
+        if args or kwargs or output_size is not None or not _runs_fused(hidden_states, (self.conv,)):
             return super().forward(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
         return _nchw(_run(self.conv, _nhwc(hidden_states), repeat=2))
 
@@ -305,14 +315,17 @@ def _native(*layers: nn.Module) -> bool:
     return all(isinstance(layer, PackedModule) and isinstance(layer.run, Convolution) for layer in layers)
 
 
-def _runs_fused(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether the library takes x, still runs the packed layers among the modules, and nobody watches them."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not any(map(is_watched, modules))
-        and _native(*(m for m in modules if isinstance(m, PackedModule)))
-    )
+def _runs_fused(x: Tensor, layers: tuple[nn.Module, ...], *others: nn.Module | None) -> bool:
+    """Whether the library takes x and still runs ``layers``, and nobody watches them or the others between them."""
+    if (
+        x.device.type != "cpu"
+        or not _native(*layers)
+        or any(is_watched(module) for module in (*layers, *others) if module is not None)
+    ):
+        return False
+    if x.dtype != torch.float32:
+        warnings.warn(f"{x.dtype} is slow on a CPU: load the packed model with torch_dtype=torch.float32", stacklevel=1)
+    return x.dtype == torch.float32
 
 
 def _run(
@@ -345,8 +358,8 @@ def _layer_norm(norm: nn.LayerNorm, gain: Tensor | None = None, shift: Tensor | 
 def _project(layer: nn.Module, x: Tensor, activation: nn.Module | None, extra: Tensor | None) -> Tensor:
     """``layer(activation(x)) + extra``; x ``[batch, in]``, extra ``[out]`` or ``[batch, out]``."""
     known = isinstance(activation, nn.SiLU | None)
-    if known and x.ndim == 2 and isinstance(layer, PackedModule) and _runs_fused(x, layer, activation or layer):
-        residual = None if extra is None else extra.expand(len(x), -1).contiguous()
+    if known and x.ndim == 2 and isinstance(layer, PackedModule) and _runs_fused(x, (layer,), activation):
+        residual = None if extra is None else extra.expand(len(x), -1).contiguous()[:, None, None]
         before = None if activation is None else Before(activation="silu")
         return _run(layer, x.contiguous()[:, None, None], before, residual=residual)[:, 0, 0]
     y: Tensor = layer(x if activation is None else activation(x))

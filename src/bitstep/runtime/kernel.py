@@ -11,6 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight
 
 _INT32_MAX = 2**31 - 1
@@ -81,6 +82,12 @@ class Kernel(ABC):
     @abstractmethod
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         """Re-lay the weight out once and return the function that runs the layer."""
+
+
+def refuse_gradients(*inputs: Tensor) -> None:
+    """BitstepError where autograd would differentiate what is computed from inputs: rounding would cut the gradient."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise BitstepError("packed layers have no gradients: run them under torch.no_grad()")
 
 
 def beyond_bytes(problem: Problem) -> list[str]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.errors import BitstepError
-from bitstep.numerics.packing import QuantizedWeight, pack, packed_size, unpack
-from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem
+from bitstep.numerics.packing import QuantizedWeight, keeping_dtype, pack, packed_size, unpack
+from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem, refuse_gradients
 from bitstep.runtime.tables import StepRows, rows_of
 
 Packable = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -106,6 +106,12 @@ class PackedModule(nn.Module):
     input_channel_reciprocal: Tensor | None
     bias: Tensor | None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapters make layers of their own as ``type(layer)(in, out, ...)``: these are plain ones."""
+        if args and isinstance(args[0], int):
+            return next(base for base in cls.__mro__ if not issubclass(base, PackedModule))(*args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, like: Packable, layer_format: LayerFormat, rows: StepRows | None) -> None:
         """An empty packed layer with the geometry, the bias and the device of ``like``.
 
@@ -156,7 +162,7 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, float32, computed at every read."""
-        return self.tensors().weight.dequantize()
+        return self.tensors().weight.dequantize().as_subclass(_Computed)
 
     def tensors(self) -> LayerTensors:
         """The layer's tensors as kernels take them, the codes unpacked."""
@@ -170,12 +176,16 @@ class PackedModule(nn.Module):
 
     def prepare(self) -> None:
         """Choose the kernel and re-lay the weight out for it, now rather than in the first forward pass."""
+        if self.weight_scale.is_meta:
+            raise BitstepError("a packed layer has no values: load them, or offload the model without its buffers")
         self._run = self.kernel.prepare(self.problem, self.tensors())
         if isinstance(self._run, CodeKeeper):
             self._buffers["weight_packed"] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in float32 and returns the dtype of ``x``."""
+        if self.format.activation_bits is not None:
+            refuse_gradients(x)
         taken = x if x.dtype in self.kernel.dtypes else x.float()
         return self.run(taken, *self.input_rows(x)).to(x.dtype)
 
@@ -219,7 +229,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget_kernel()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_kernel()
@@ -235,6 +245,21 @@ class PackedModule(nn.Module):
         # a copy prepares its own kernel: its tensors may be changed
         buffers = {**self._buffers, "weight_packed": self.weight_packed}
         return {**self.__dict__, "_buffers": buffers, "_kernel": None, "_run": None}
+
+
+class _Computed(Tensor):
+    """A tensor that was computed to be read. Adapters are fused by writing to ``weight.data``, which would be lost."""
+
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise BitstepError("a packed weight cannot be written to: leave adapters unfused")
 
 
 class PackedLinear(PackedModule, nn.Linear):  # type: ignore[misc, override]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from bitstep.library import current_instruction_set, library
+from bitstep.errors import BitstepError
+from bitstep.library import check, current_instruction_set, library
+from bitstep.runtime.kernel import refuse_gradients
 
 Call = Callable[[], object]
 """A call into the library with all its addresses; the tensors behind them must be kept alive."""
@@ -87,11 +89,36 @@ def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any, in_parts: bool =
     """Run ``bind(y, *args)``, which reads the tensors among args (or in tuples among them) and writes y.
 
     in_parts: for the first of args it would take a tuple of the two tensors whose last dimensions are joined in it
+
+    BitstepError for tensors that it cannot read, or that are to be differentiated. That shapes fit is for the caller to
+    know.
     """
+    tensors = list(_tensors((y, *args)))
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            raise BitstepError(
+                f"the native kernels take contiguous float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
+            )
+    refuse_gradients(*tensors)
     bind(y, *args)()
     listener = _listener.get()
     if listener is not None:
         listener(bind, y, *args, in_parts=in_parts)
+
+
+def refuse_tracing() -> None:
+    """BitstepError under torch.jit.trace, which would not see a :func:`run`."""
+    if torch._C._get_tracing_state() is not None:
+        raise BitstepError("torch.jit.trace cannot record the native kernels: choose the backend 'reference' for it")
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among values, or in tuples among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 @contextmanager
@@ -119,6 +146,8 @@ def kernels() -> ctypes.CDLL | None:
     ]
     lib.bitstep_attention.argtypes = [POINTER(AttentionShape), *[c_void_p] * 4, c_int]
     lib.bitstep_coded_attention.argtypes = [POINTER(AttentionShape), POINTER(Step), *[c_void_p] * 4, c_int]
+    for function in (lib.bitstep_convolution, lib.bitstep_attention, lib.bitstep_coded_attention):
+        function.errcheck = check
     return lib
 
 

@@ -83,9 +83,10 @@ def _linear(tensors: LayerTensors) -> Multiply:
     bias = tensors.bias
 
     def multiply(codes: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, x_scale, x_zero_point, weight, scale, no_offset, bias, *_PLAIN_OUTPUT
         )
+        return y.reshape(*codes.shape[:-1], len(scale))  # it forgets dimensions where there are no values
 
     return multiply
 

@@ -5,12 +5,21 @@ A table called ``input`` is the buffers ``input_scale`` (float32) and ``input_ze
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.steps import Position, StepCursor, interpolate, interpolate_scale, per_sample
+from bitstep.denoiser.steps import Position, Standing, StepCursor, interpolate, interpolate_scale, per_sample
 
 Table = tuple[nn.Module, str]
+
+
+class _Found(Standing):
+    """What was looked up at the position where the thread stands."""
+
+    rows: Mapping[Table, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 class StepRows:
@@ -22,21 +31,20 @@ class StepRows:
     def __init__(self, cursor: StepCursor) -> None:
         self.cursor = cursor
         self.tables: list[Table] = []
-        self._position: Position | None = None
-        self._found: dict[Table, tuple[Tensor, Tensor]] = {}
+        self._found = _Found()
 
     def of(self, table: Table) -> tuple[Tensor, Tensor]:
         """Scale and zero point, float32 ``[rows]``; StepError outside a forward pass of the denoiser."""
-        position = self.cursor.position
-        if position is not self._position:
-            self._position, self._found = position, {}
-        if table not in self._found:
-            self._found |= self._look_up(position, _buffers(table)[0].device)
-        return self._found[table]
+        position, found = self.cursor.position, self._found
+        if position is not found.position:
+            found.position, found.rows = position, {}
+        if table not in found.rows:
+            found.rows = {**found.rows, **self._look_up(position, _buffers(table)[0].device)}
+        return found.rows[table]
 
     def forget(self) -> None:
         """Drop what was found, because a table changed."""
-        self._position = None
+        self._found = _Found()
 
     def _look_up(self, position: Position, device: torch.device) -> dict[Table, tuple[Tensor, Tensor]]:
         beside = {table: buffers for table in self.tables if (buffers := _buffers(table))[0].device == device}

@@ -180,8 +180,6 @@ class _Builder:
         )
 
     def _quantizer(self, seen: Observed, bits: int) -> ActivationQuantizer:
-        activations = self.method.activations
-        scale, zero_point = seen.range(
-            bits, activations.range, per_step=activations.per_step, signed=activations.signed
-        )
-        return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=activations.signed)
+        how = self.method.activations
+        scale, zero_point = seen.range(bits, how.range, per_step=how.per_step, signed=how.signed)
+        return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=how.signed)
