@@ -53,7 +53,7 @@ def test_interpolation_is_between_measured_timesteps() -> None:
 
 def test_weights_follow_the_sensitivity_of_each_sample() -> None:
     pool = next(stream(Source("ddim", build("ddim")), images=2, batch_size=2, steps=2, seed=0))
-    rest: dict[str, Any] = dict.fromkeys(("teacher", "student", "structure", "cursor", "stream", "folder"))
+    rest: dict[str, Any] = dict.fromkeys(("teacher", "student", "structure", "cursor", "folder"))
     context = Context(layers={}, pool=pool, seed=0, sensitivity=torch.tensor([1.0, 16.0]), **rest)
     late, early = pool.timesteps.float()
     weights = context.loss_weights(torch.stack([early, late, late]), 0.5)
