@@ -35,6 +35,8 @@ def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
             wins = resolve(name, bits)
             assert resolve("best", bits) == wins
             assert resolve(path, bits).method.weights == wins.method.weights
+    assert resolve("best", "W4A8", "quick").method.name == "best"  # no time for every block
+    assert resolve("best", "W2A8", "quick").method.name == "best-binary"
 
 
 def test_overrides_reach_nested_slots() -> None:

@@ -45,7 +45,8 @@ def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: I
         raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
     widths = weight_bits, activation_bits = parse_bits(bits)
     from_file = str(recipe).endswith((".yaml", ".yml"))
-    layers = _from_file(Path(recipe), *widths) if from_file else [_from_name(str(recipe), *widths)]
+    asked = (*widths, effort)
+    layers = _from_file(Path(recipe), *asked) if from_file else [_from_name(str(recipe), *asked)]
     settings: dict[str, Any] = {}
     for layer in layers:
         settings = _merge(settings, layer)
@@ -77,16 +78,16 @@ def parse_bits(bits: str) -> tuple[float, int]:
     return weight, activation
 
 
-def _from_name(name: Any, weight_bits: float, activation_bits: int) -> dict[str, Any]:
+def _from_name(name: Any, weight_bits: float, activation_bits: int, effort: Effort) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
         raise UsageError(
             f"unknown recipe {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
         )
-    settings: dict[str, Any] = named(name, weight_bits, activation_bits).model_dump(mode="json")
+    settings: dict[str, Any] = named(name, weight_bits, activation_bits, effort).model_dump(mode="json")
     return settings
 
 
-def _from_file(path: Path, weight_bits: float, activation_bits: int) -> list[dict[str, Any]]:
+def _from_file(path: Path, weight_bits: float, activation_bits: int, effort: Effort) -> list[dict[str, Any]]:
     """The method that a file starts from, or the slots' defaults, and what the file says."""
     try:
         content = yaml.safe_load(path.read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitstep.methods.adaround import ADAROUND
-from bitstep.methods.base import Method
+from bitstep.methods.base import Effort, Method
 from bitstep.methods.baselines import LSQ, MINMAX, MSE
 from bitstep.methods.best import BEST, BEST_BINARY, BEST_BLOCKS
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
@@ -29,8 +29,9 @@ METHODS = {
 }
 
 
-def named(name: str, weight_bits: float, activation_bits: int) -> Method:
-    """The method of that name. ``best`` stands for what wins at the width (:mod:`bitstep.methods.best`).
+def named(name: str, weight_bits: float, activation_bits: int, effort: Effort) -> Method:
+    """The method of that name. ``best`` stands for what wins at the width and the effort
+    (:mod:`bitstep.methods.best`).
 
     KeyError where there is none.
     """
@@ -39,4 +40,4 @@ def named(name: str, weight_bits: float, activation_bits: int) -> Method:
         return method
     if weight_bits <= 2:
         return BEST_BINARY
-    return BEST_BLOCKS if weight_bits < activation_bits else BEST
+    return BEST_BLOCKS if weight_bits < activation_bits and effort != "quick" else BEST
