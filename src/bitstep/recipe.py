@@ -96,7 +96,7 @@ def _from_file(path: Path, weight_bits: float, activation_bits: int, effort: Eff
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is no mapping of slots")
     if "base" in content:
-        base = _from_name(content.pop("base"), weight_bits, activation_bits)
+        base = _from_name(content.pop("base"), weight_bits, activation_bits, effort)
     else:
         base = Method(name=path.stem).model_dump(mode="json")
     return [base, {"name": path.stem, **content}]
