@@ -20,6 +20,8 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.stages.generate import denoiser_name, generate_batch
 
+MAPS = Path("/proc/self/maps")
+
 
 @pytest.fixture(scope="module")
 def model() -> UNet2DModel:
@@ -78,6 +80,14 @@ def test_a_component_alone_loads(model: UNet2DModel, tmp_path: Path, options: di
     mixed = torch.tensor([0.0, 731.0])
     assert torch.equal(output(loaded), output(model))
     assert torch.equal(output(loaded, mixed), output(model, mixed))
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads what Linux tells of a process's memory")
+def test_a_loaded_model_keeps_nothing_of_its_file_in_memory(model: UNet2DModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert packed_layers(loaded)
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_shards_hold_the_same_model(model: UNet2DModel, tmp_path: Path) -> None:

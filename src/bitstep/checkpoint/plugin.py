@@ -88,12 +88,15 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert isinstance(layer, _OWNERS)
         if why := refusal(layer, name, tensor):
             raise BitstepError(f"{param_name}: {why}")
-        setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype))
+        # a copy: a mapped tensor keeps the whole file in memory, beside what kernels make of the codes
+        setattr(layer, name, tensor.to(device=target_device, dtype=getattr(layer, name).dtype, copy=True))
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_: Any) -> None:
         # an index may promise what its shards do not hold
         _refuse_missing(model, [key for key, tensor in model.state_dict().items() if tensor.is_meta])
         model.requires_grad_(False)  # what would train the rest would get no gradients through packed layers
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # likewise
         set_backend(model)
         fused.fuse(model)
         enable_replay(model)
