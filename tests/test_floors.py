@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("arguments", "files", "library", "randomness", "slots"),
+    ("arguments", "files", "library", "progress", "randomness", "slots"),
     ("numerics", "metrics"),
     ("denoiser",),
     ("trajectories", "quantizers"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitstep.arguments import at_least, several
 from bitstep.errors import UsageError
 from bitstep.files import check_path, write_atomically
+from bitstep.progress import Progress, silent
 from bitstep.run import quantize as quantize
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
@@ -24,7 +25,7 @@ from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
 from bitstep.stages.report import Reference, describe, page
-from bitstep.stages.sample import SAVED, Progress, default_steps, grid, holds_images, read, save
+from bitstep.stages.sample import SAVED, default_steps, grid, holds_images, read, save
 from bitstep.stages.sample import sample as _sample
 
 
@@ -39,7 +40,7 @@ def sample(
     prompts: str | Path | None = None,
     backend: str | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Images number 0..num-1 of ``source``, uint8 ``[num, H, W, C]``, also written to ``out`` (.png grid or .npz).
 
@@ -74,7 +75,7 @@ def evaluate(
     prompts: str | Path | None = None,
     backend: str | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare ``source`` with another pipeline on the same noise, or with real images (an .npz file or a folder).
 
@@ -109,7 +110,7 @@ def report(
     batch_size: int = 16,
     prompts: str | Path | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write one self-contained HTML page on the packed pipelines in ``directories``, and return its path.
 

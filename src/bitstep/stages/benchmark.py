@@ -32,13 +32,13 @@ from bitstep.arguments import at_least, check_device, several
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.steps import TIMESTEP_NAMES
 from bitstep.errors import BitstepError, UsageError
+from bitstep.progress import Progress, silent
 from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
-from bitstep.stages.sample import Progress
 from bitstep.trajectories.pool import Pool
 
 PACKED = "packed"
@@ -54,7 +54,7 @@ def benchmark(
     rounds: int = 20,
     backend: str | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Time ``rounds`` forward passes of each, on a call of the denoiser that its pipeline made.
 
@@ -91,8 +91,7 @@ def benchmark(
         for done in range(rounds):
             for worker in workers:
                 worker.time()
-            if progress:
-                progress(done + 1, rounds)
+            progress(done + 1, rounds)
     baseline = next((worker.times for worker in workers if worker.name == "fp32"), None)
     layers = workers[0].kernels
     return {

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 from bitstep.trajectories.pool import Pool, PoolWriter
@@ -23,7 +24,7 @@ def record(
     images: int,
     batch_size: int,
     bf16: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Pool:
     """Trajectories of image numbers 0..images-1, one shard per pipeline batch, in ``folder``.
@@ -40,11 +41,9 @@ def record(
         plan["bf16"] = True
     writer = PoolWriter(folder, plan, _train_timesteps(source))
     for numbers in batches(images, batch_size)[len(writer) :]:
-        if progress:
-            progress(numbers.start, images)
+        progress(numbers.start, images)
         writer.add(_trajectory(source, numbers, bf16, sampling, writer.batched))
-    if progress:
-        progress(images, images)
+    progress(images, images)
     return Pool.open(folder)
 
 

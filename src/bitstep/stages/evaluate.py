@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import Call, first_tensor, run
 from bitstep.errors import UsageError
 from bitstep.metrics import SSIM_WINDOW, psnr, ssim
+from bitstep.progress import Progress, silent
 from bitstep.stages.calibrate import stream
 from bitstep.stages.features import check_features, compare, load_features
 from bitstep.stages.generate import Sampling
 from bitstep.stages.load import Source
-from bitstep.stages.sample import Progress, sample
+from bitstep.stages.sample import sample
 
 STEP_ERROR_IMAGES = 16  # trajectories behind ``step_error``: thousands of numbers each, so more would change nothing
 
@@ -30,7 +31,7 @@ def evaluate(
     num: int,
     batch_size: int,
     features: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> dict[str, Any]:
     """Compare ``num`` images of ``model`` with those of ``against`` on the same noise, or with given images (uint8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Unpack
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
 from bitstep.errors import UsageError
+from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import Student
@@ -44,7 +44,7 @@ def precondition(
     images: int,
     batch_size: int,
     averaged: float | None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Preconditioning:
     """Give the denoiser of ``student`` tables fitted to the recorded outputs of ``images`` trajectories, guided as the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.methods.base import Context, Errors, Method, UniformWeights
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
+from bitstep.progress import Progress, silent
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
@@ -71,7 +72,7 @@ def prepare(
     weight_bits: float,
     activation_bits: int,
     importance: Tensor | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Student:
     """Decide the plan, observe the teacher's activations on ``pool``, and replace the layers of a copy of it.
 
@@ -132,7 +133,7 @@ def _errors(
     pool: Pool,
     method: Method,
     importance: Tensor | None,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     choices: Mapping[str, Sequence[LayerPlan]],
 ) -> Mapping[str, Sequence[float]]:
     """What each of the plans that a layer might have would do to the teacher's output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from bitstep.denoiser.attention import attend, intercept
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.layers import channel_axis
 from bitstep.numerics.uniform import RangeMethod, search_range
+from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
 from bitstep.trajectories.pool import Pool
 
@@ -58,7 +59,7 @@ def observe(
     attention: Iterable[str] = (),
     images: int,
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Observed]:
     """Inputs of the named layers at every key timestep, and under ``MODULE.OPERAND`` the operands of the attention that
     the modules ``attention`` compute; of what runs several times in a forward pass, the first.

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bitstep import __version__
+from bitstep.progress import Progress, silent
 from bitstep.runtime.dispatch import packed_layers
 from bitstep.stages.evaluate import STEP_ERROR_IMAGES, paired, step_error
 from bitstep.stages.generate import Sampling
 from bitstep.stages.inspect import facts, packed_manifest
 from bitstep.stages.load import Source
-from bitstep.stages.sample import Progress, grid, sample
+from bitstep.stages.sample import grid, sample
 
 SMALL = 128
 """Pictures narrower than this are shown with their pixels, as enlarging would blur them."""
@@ -70,7 +71,7 @@ def describe(
     *,
     num: int,
     batch_size: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> list[Entry]:
     """What the page says of each model; BitstepError where one is not packed."""
@@ -93,8 +94,7 @@ def describe(
                 **distances,
             )
         )
-        if progress:
-            progress(len(entries), len(models))
+        progress(len(entries), len(models))
     return entries
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from bitstep.errors import BitstepError, UsageError
 from bitstep.files import check_path, write_atomically
+from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, generate
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAVED = (".png", ".npz")
-Progress = Callable[[int, int], None]
-"""``progress(done, total)``"""
 
 
 def sample(
@@ -29,7 +28,7 @@ def sample(
     *,
     num: int,
     batch_size: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Tensor:
     """Images number 0..num-1 of the endless list that ``sampling`` defines, uint8 ``[num, H, W, C]`` on the CPU.
@@ -40,8 +39,7 @@ def sample(
     with torch.no_grad():
         for batch in generate(pipeline, images=num, batch_size=batch_size, **sampling):
             images += (batch.float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu()
-            if progress:
-                progress(len(images), num)
+            progress(len(images), num)
     return torch.stack(images)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import first_tensor, timestep_of
+from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
@@ -37,7 +38,7 @@ def sensitivity(
     source: Source,
     timesteps: Tensor,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Tensor:
     """s at each of ``timesteps`` (ascending), float32 ``[len(timesteps)]``.

@@ -9,7 +9,7 @@ another takes a forward pass for each. On the bundled model the logarithms of bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.layers import weight_of
 from bitstep.numerics.packing import QuantizedWeight
+from bitstep.progress import Progress, silent
 from bitstep.randomness import draw, generator
 from bitstep.trajectories.pool import Pool
 
@@ -30,7 +31,7 @@ def weight_errors(
     rounded: Mapping[str, Sequence[QuantizedWeight]],
     importance: Tensor,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, list[float]]:
     """Mean squared error of the (guided) output for every weight in ``rounded``, by layer, all others as they are.
 
