@@ -457,11 +457,12 @@ def main() -> None:
     if "first_image" in arguments.only and "first_image" not in results:
         results["first_image"] = compare_first_images(arguments.rounds)
         save()
-    if arguments.out == RESULTS:
-        put(DOCUMENT, RESULTS.stem, document(results))
-        put(ROOT / "README.md", "speed", summary(results))
+    if arguments.out.parent == RESULTS.parent:
+        put(DOCUMENT, arguments.out.stem, document(results))
     else:
         print(document(results))
+    if arguments.out == RESULTS:
+        put(ROOT / "README.md", "speed", summary(results))
 
 
 if __name__ == "__main__":
