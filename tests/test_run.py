@@ -60,6 +60,12 @@ def weights(folder: Path) -> bytes:
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+def test_the_plan_says_what_was_packed(teacher: str, tmp_path: Path) -> None:
+    out = run.quantize(teacher, out=tmp_path / "out", **tiny("binarydm-ebb"))
+    plan = json.loads((out / "run" / "plan.json").read_text())
+    assert {layer["bases"] for layer in plan["layers"]} == {1}  # each had a second one while it was trained
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The reference kernel computes bit for bit what the trained student computes."""

@@ -164,9 +164,10 @@ def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _
 
 def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, report: _Report) -> None:
     """Publish the packed pipeline, and what became of every layer."""
+    layers = packed_layers(student.layers, student.plan)
     packed = pack_model(
         student.denoiser,
-        packed_layers(student.layers, student.plan),
+        layers,
         grid=student.cursor.grid,
         modules_to_not_convert=student.plan.left_alone,
         total_macs=student.plan.total_macs,
@@ -180,7 +181,8 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
     source.pipeline.register_modules(**{source.component: packed})
     plan = {
         "coverage": student.plan.coverage,
-        "layers": [asdict(layer) for layer in student.plan.layers],
+        # (training may have taken bases away)
+        "layers": [asdict(layer) | {"bases": len(layers[layer.name].weight.scale)} for layer in student.plan.layers],
         "attention": [asdict(site) for site in student.plan.attention],
         "left_alone": dict(student.plan.left_alone),
         "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
