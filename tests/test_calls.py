@@ -184,6 +184,27 @@ def test_a_call_keeps_its_nested_arguments() -> None:
     assert "step" not in vars(scheduler)
 
 
+@pytest.mark.parametrize("stepped", [True, False])
+@torch.no_grad()
+def test_schedulers_may_be_stepped_for_others_or_not_at_all(stepped: bool) -> None:
+    class Denoiser(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return sample * timestep[:, None]
+
+    class Scheduler:
+        def step(self, model_output: Tensor) -> Tensor:
+            return model_output
+
+    denoiser, scheduler, x = Denoiser(), Scheduler(), torch.randn(2, 3)
+    denoiser.register_buffer("weight", torch.ones(1))
+    with Recorder(denoiser, scheduler, 2) as recorder:
+        if stepped:
+            scheduler.step(x[:, :1])  # the output of another denoiser
+        denoiser(x, torch.full((2,), 8.0))
+    pool = Pool([recorder.shard()], 10)
+    assert torch.equal(pool.guided(pool.batch([0, 1])[1]), 8 * x)
+
+
 @torch.no_grad()
 def test_calls_that_cannot_be_recorded_are_clear_errors() -> None:
     class Denoiser(nn.Module):

@@ -57,9 +57,14 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
+def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``forward``, a denoiser's forward, by their names."""
+    return dict(zip(inspect.signature(forward).parameters, args, strict=False)) | dict(kwargs)
+
+
 def timestep_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The timestep in the arguments of a call of ``forward``, a denoiser's forward."""
-    arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | dict(kwargs)
+    arguments = by_name(forward, args, kwargs)
     return torch.as_tensor(arguments[timestep_name(arguments)])
 
 

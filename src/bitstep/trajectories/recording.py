@@ -7,7 +7,6 @@ batch is a :class:`Shard`.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import Call, first_tensor, put_together, run, take_apart, timestep_name
+from bitstep.denoiser.calls import Call, by_name, first_tensor, put_together, run, take_apart, timestep_name
 from bitstep.errors import BitstepError
 
 OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide
@@ -33,7 +32,7 @@ class Shard:
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
     handed: how many entries of the output's dimension 1, the first ones, the scheduler was given: half of them where it
-        does without the variance that the denoiser learned
+        does without the variance that the denoiser learned, all of them where that was not to be seen
     """
 
     tensors: Mapping[str, Tensor]
@@ -64,13 +63,12 @@ class Recorder:
         self._denoiser = denoiser
         self._scheduler = scheduler
         self._images = images
-        self._names = list(inspect.signature(denoiser.forward).parameters)
         self._skeleton: Any = None
         self._shapes: dict[str, torch.Size] = {}
         self._leaves: list[dict[str, Tensor]] = []
         self._outputs: list[Tensor] = []
         self._grams: list[Tensor | None] = []
-        self._handed = 0
+        self._handed: int | None = None
         self._pending = 0  # calls since the scheduler's last step
         self._exit = ExitStack()
 
@@ -99,12 +97,13 @@ class Recorder:
                 varying.append(name)
             else:
                 raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
-        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams), self._handed)
+        handed = self._handed or self._outputs[0].shape[1]
+        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams), handed)
 
-    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _called(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = first_tensor(output).detach()
         rows = len(result)
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        arguments = by_name(denoiser.forward, args, kwargs)
         name = timestep_name(arguments)
         timestep = torch.as_tensor(arguments[name])
         if timestep.ndim > 1 or timestep.numel() not in (1, rows):
@@ -130,11 +129,13 @@ class Recorder:
 
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            handed, output = args[0] if args else kwargs["model_output"], self._outputs[-1]
+            handed = args[0] if args else kwargs["model_output"]
             if self._pending == 1:  # guidance in two passes is two independent calls
-                self._grams[-1] = _gram(output, handed.detach().cpu(), self._images)
-            same = handed.shape[2:] == output.shape[2:]
-            self._handed = min(handed.shape[1], output.shape[1]) if same else output.shape[1]
+                self._grams[-1] = _gram(self._outputs[-1], handed.detach().cpu(), self._images)
+            if self._pending:  # a step may follow another denoiser's call
+                output = self._outputs[-1]
+                same = handed.shape[2:] == output.shape[2:]
+                self._handed = min(handed.shape[1], output.shape[1]) if same else None
             self._pending = 0
             return step(*args, **kwargs)
 
