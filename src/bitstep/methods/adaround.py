@@ -62,9 +62,7 @@ class SoftRounding(Technique):
             raise ValueError("soft-rounding is over when gradient_checkpointing computes a block again")
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        quantizers = [
-            q for q in (layer.weight_quantizer for layer in unit.layers.values()) if isinstance(q, AdaRoundWeight)
-        ]
+        quantizers = unit.weight_quantizers(AdaRoundWeight)
 
         def loss(iteration: int) -> Tensor:
             with relaxed(quantizers):

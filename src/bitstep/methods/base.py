@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import (
@@ -33,6 +33,7 @@ from bitstep.trajectories.images import TrainingImages
 from bitstep.trajectories.pool import Pool
 
 Effort = Literal["quick", "standard", "full"]
+Quantizer = TypeVar("Quantizer", bound=WeightQuantizer)
 Errors = Callable[[Mapping[str, Sequence[LayerPlan]]], Mapping[str, Sequence[float]]]
 """Measures what each of the plans that a layer might have would do to the denoiser's output
 (:mod:`bitstep.stages.weight_errors`)."""
@@ -261,6 +262,11 @@ class Unit:
     def trained(self) -> Mapping[str, nn.Module]:
         """All modules with parameters to train."""
         return {**self.layers, **self.attention}
+
+    def weight_quantizers(self, kind: type[Quantizer]) -> list[Quantizer]:
+        """Those of this kind among its layers'."""
+        quantizers = (layer.weight_quantizer for layer in self.layers.values())
+        return [quantizer for quantizer in quantizers if isinstance(quantizer, kind)]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from bitstep.methods.base import (
-    Activations,
-    Calibration,
-    LearningRates,
-    Method,
-    Phase,
-    UniformWeights,
-)
+from bitstep.methods.base import Activations, Calibration, LearningRates, Method, Phase, UniformWeights
 from bitstep.methods.objectives.diffusion import DiffusionLoss
 
 MINMAX = Method(
@@ -24,7 +17,6 @@ MSE = Method(
     activations=Activations(per_step=False),
     calibration=Calibration(images=64, steps=50),
 )
-
 
 LSQ = Method(
     name="lsq",

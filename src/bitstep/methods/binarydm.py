@@ -167,9 +167,7 @@ class EvolvableBasis(Technique):
             raise ValueError("evolvable-basis takes away second bases, which only weights.evolvable=true gives")
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        quantizers = [
-            q for q in (layer.weight_quantizer for layer in unit.layers.values()) if isinstance(q, BinaryWeight)
-        ]
+        quantizers = unit.weight_quantizers(BinaryWeight)
         if not quantizers:
             return unit
 

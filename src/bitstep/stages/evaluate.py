@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import Call, first_tensor, run
+from bitstep.denoiser.calls import Call, by_name, first_tensor, run
 from bitstep.errors import UsageError
 from bitstep.metrics import SSIM_WINDOW, psnr, ssim
 from bitstep.progress import Progress, silent
@@ -45,15 +44,16 @@ def evaluate(
     """
     network = None if features is None else load_features(features)
     if isinstance(against, Source):
-        check_comparable([model], against, **sampling)
+        shape = check_comparable([model], against, **sampling)
     elif network is None:
         raise UsageError("given images can only be compared as a set, in the features of a network: add --features")
     elif len(against) < 2:
         raise UsageError("one image is no set to compare with: expected at least 2")
+    else:
+        check_features(network, against[:1])
+        shape = _shapes(model, sampling)["picture"]
     if network is not None:
-        check_features(network, sample(model.pipeline, num=1, batch_size=1, **_one_step(sampling)))
-        if isinstance(against, Tensor):
-            check_features(network, against[:1])
+        check_features(network, torch.zeros(shape, dtype=torch.uint8))
     images = sample(model.pipeline, num=num, batch_size=batch_size, progress=progress, **sampling)
     numbers: dict[str, Any] = {
         "source": model.name,
@@ -81,8 +81,9 @@ def paired(images: Tensor, reference: Tensor) -> dict[str, float | None]:
     return {"psnr": noise if math.isfinite(noise) else None, "ssim": None if small else ssim(images, reference)}
 
 
-def check_comparable(models: Sequence[Source], reference: Source, **sampling: Unpack[Sampling]) -> None:
-    """Raise UsageError where a model's denoiser takes or makes other shapes than that of ``reference``."""
+def check_comparable(models: Sequence[Source], reference: Source, **sampling: Unpack[Sampling]) -> list[int]:
+    """The shape ``[1, H, W, C]`` of a picture of each; UsageError where a model's denoiser takes or makes other shapes
+    than that of ``reference``."""
     expected = _shapes(reference, sampling)
     for model in models:
         found = _shapes(model, sampling)
@@ -93,6 +94,7 @@ def check_comparable(models: Sequence[Source], reference: Source, **sampling: Un
                     f"{model.name} cannot be compared with {reference.name}: "
                     f"its denoiser's {name} is {ours}, that of the other {theirs}"
                 )
+    return expected["picture"]
 
 
 def _shapes(source: Source, sampling: Sampling) -> dict[str, list[int]]:
@@ -100,20 +102,13 @@ def _shapes(source: Source, sampling: Sampling) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
 
     def called(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        arguments = dict(zip(inspect.signature(denoiser.forward).parameters, args, strict=False)) | kwargs
-        tensors = {**Call(arguments).tensors, "call.output": first_tensor(output)}
+        tensors = {**Call(by_name(denoiser.forward, args, kwargs)).tensors, "call.output": first_tensor(output)}
         shapes.update({name.removeprefix("call."): list(x.shape) for name, x in tensors.items() if x.ndim})
 
-    handle = source.denoiser.register_forward_hook(called, with_kwargs=True)
-    try:
-        picture = sample(source.pipeline, num=1, batch_size=1, **_one_step(sampling))
-    finally:
-        handle.remove()
+    one_step: Sampling = {**sampling, "steps": 1}
+    with source.denoiser.register_forward_hook(called, with_kwargs=True):
+        picture = sample(source.pipeline, num=1, batch_size=1, **one_step)
     return shapes | {"picture": list(picture.shape)}
-
-
-def _one_step(sampling: Sampling) -> Sampling:
-    return {**sampling, "steps": 1}
 
 
 @torch.no_grad()

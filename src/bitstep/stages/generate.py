@@ -103,8 +103,7 @@ def generate_batch(
     With ``output_type`` "latent" pipelines that can do so leave the decoder out, with "pt" they return pictures.
 
     Raises UsageError for prompts or guidance given to a pipeline that takes none, and for more steps than its schedule
-    has, BitstepError for a pipeline that
-    needs other input (an image, say).
+    has, BitstepError for a pipeline that needs other input (an image, say).
     """
     seed, prompts = sampling["seed"], sampling.get("prompts")
     guidance_scale = sampling.get("guidance_scale")

@@ -70,25 +70,21 @@ def precondition(
         progress(step + 1, total)
     tables.attach(denoiser)
 
-    def put(averaged: float) -> None:
+    def put(averaged: float | None) -> None:
         for step, known in enumerate(found):
-            tables.out[step], tables.skip[step] = fit(known, averaged)
+            tables.out[step], tables.skip[step] = (1.0, 0.0) if averaged is None else fit(known, averaged)
 
-    if averaged is not None:
-        put(averaged)
-        return tables
-    expected = finished(source, source.denoiser, **sampling)
-    tried: list[tuple[float, Tensor, Tensor]] = []  # error, and the tables that it was made with
-    for candidate in (None, *AVERAGED):
-        progress(steps * (2 + len(tried)), total)
-        if candidate is not None:
+    if averaged is None:
+        expected = finished(source, source.denoiser, **sampling)
+        errors: dict[float | None, float] = {}
+        for candidate in (None, *AVERAGED):
+            progress(steps * (2 + len(errors)), total)
             put(candidate)
-        error = (finished(source, denoiser, **sampling) - expected).square().flatten(1).mean(1)
-        tried.append((float(error.log().mean()), tables.out.clone(), tables.skip.clone()))
-    _, out, skip = min(tried, key=lambda entry: entry[0])
-    tables.out.copy_(out)
-    tables.skip.copy_(skip)
-    progress(total, total)
+            error = (finished(source, denoiser, **sampling) - expected).square().flatten(1).mean(1)
+            errors[candidate] = float(error.log().mean())
+        averaged = min(errors, key=errors.__getitem__)
+        progress(total, total)
+    put(averaged)
     return tables
 
 

@@ -120,12 +120,7 @@ def _decide(
     decided = method.weights.refine(decided, structure, weight_bits, errors)
     if not method.attention.quantized or activation_bits == WEIGHT_ONLY_BITS:
         return decided
-    return add_attention(
-        decided,
-        structure,
-        bits=activation_bits,
-        probability_bits=method.attention.probability_bits,
-    )
+    return add_attention(decided, structure, bits=activation_bits, probability_bits=method.attention.probability_bits)
 
 
 def _errors(
