@@ -38,6 +38,7 @@ struct Clone {
 namespace portable { extern const Clone clone; }
 namespace avx2 { extern const Clone clone; }
 namespace avx512 { extern const Clone clone; }
+namespace amx { extern const Clone clone; }
 
 #ifdef BITSTEP_CLONE
 namespace BITSTEP_CLONE {

@@ -1,171 +1,24 @@
 // Convolution as implicit matrix multiplication: codes u8 NHWC with a border, packed weights, fp32 out.
 //
-// A tile of output pixels times a panel of output channels is accumulated in registers over the whole kernel window:
-// every pixel of the tile has a pointer into the codes, and a step into the window moves all of them alike. Two kinds
-// of steps share that loop:
-//
-//   bytes   4 input channels by a dot product of bytes; packed weights become bytes one panel at a time
-//   tables  16 input channels by lookup, for weights that are signs. 64 bytes hold, for each of 4 groups of 4
-//           activations a, the 16 sums of +-a; the weight is 4 signs and selects one sum (vpermb), and a dot product
-//           with ones adds the four groups: 256 multiply-adds in two instructions.
+// A tile of output pixels times a panel of output channels is accumulated at a time (panel.h).
 #include <algorithm>
 
 #include "clone.h"
 #include "codes.h"
+#include "panel.h"
 #include "parallel.h"
+#if defined(BITSTEP_amx)
+#include "tiles.h"
+#endif
 
 namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int kBlock = 64;                          // bytes: 16 output channels x 4
-constexpr int kColumn = 16;                         // output channels
-constexpr int kVectors = kColumn / kLanes;          // accumulators per column and pixel
-constexpr int kMaxPanel = 4;                        // columns
-#if defined(BITSTEP_avx512)
-constexpr bool kWholePanels = true;  // all columns of a panel are accumulated at once
-#else
-constexpr bool kWholePanels = false;
-#endif
-
-struct Bytes {
-  static constexpr int kScaling = 1;  // bytes of source per code
-  static constexpr int kStep = 4;     // bytes of source
-#if defined(BITSTEP_avx512)
-  static constexpr int kPixels = 12, kColumns = 2;
-#else
-  static constexpr int kPixels = 4, kColumns = 1;
-#endif
-  static I activation(const uint8_t* p) { return broadcast4(p); }
-  static I add(I acc, I a, I w) { return dot4(acc, a, w); }
-};
-
-#if defined(BITSTEP_avx512)
-struct Tables {
-  static constexpr int kScaling = 4;
-  static constexpr int kStep = 64;
-  static constexpr int kPixels = 6, kColumns = 4;
-  static I activation(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
-  static I add(I acc, I table, I index) {
-    const __m512i sums = _mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
-    return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi8(1), sums);
-  }
-};
-#endif
-
-// The kernel window over the codes, as runs of consecutive bytes that every pixel visits.
-struct Window {
-  int64_t runs, steps;      // runs, and steps in each
-  int64_t across, down;     // bytes from run to run in a kernel row, and from kernel row to kernel row
-  int64_t runs_per_row;
-
-  int64_t count() const { return runs * steps; }
-};
-
-typedef uint8_t B __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
-
-// Blocks of bytes from memory that keeps `Bits` of each.
-template <int Bits>
-void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t blocks, uint8_t* out) {
-  constexpr int kShare = 8 / Bits;
-  const I mask = splat(((1 << Bits) - 1) * 0x01010101);
-  const auto* zeros = reinterpret_cast<const uint8_t*>(zero);
-  int64_t at = 0;  // of the block's column in zeros
-  for (; blocks > 0; blocks -= kShare, packed += kBlock) {
-#pragma GCC unroll 8
-    for (int part = 0; part < kShare; ++part, out += kBlock) {
-      if (part >= blocks) return;
-      for (int i = 0; i < kBlock; i += kLanes * 4) {
-        const I code = load(reinterpret_cast<const int32_t*>(packed + i)) >> part * Bits & mask;
-        const B value = (B)(Bits == 1 ? code + code : code) - *reinterpret_cast<const B*>(zeros + at + i);
-        *reinterpret_cast<B*>(out + i) = value;
-      }
-      at = at + kBlock == columns * kBlock ? 0 : at + kBlock;
-    }
-  }
-}
-
-constexpr int64_t kChunk = 16;  // steps
-
-// The weights of a panel, which become bytes as the first tile goes through them, while they are in the nearest cache;
-// meanwhile, and with the other tiles, the memory of the next panel is fetched.
-struct Feed {
-  const uint8_t* weight;  // [steps][columns] blocks of bytes
-  int columns;
-  void (*unpack)(const uint8_t* packed, const int8_t* zero, int columns, int64_t blocks, uint8_t* out);
-  const uint8_t* packed;
-  const int8_t* zero;
-  int64_t blocks;  // that are still packed
-  uint8_t* out;
-  int share;       // of blocks in a packed one
-  const uint8_t* next;
-  const uint8_t* end;
-  int64_t fetched;  // bytes of the next panel with every chunk
-
-  // Called before each chunk of steps.
-  void advance() {
-    if (blocks > 0) {
-      const int64_t count = kChunk * columns;
-      unpack(packed, zero, columns, std::min(count, blocks), out);
-      packed += count / share * kBlock;
-      out += count * kBlock;
-      blocks -= count;
-    }
-    for (const uint8_t* stop = std::min(next + fetched, end); next < stop; next += kBlock) __builtin_prefetch(next, 0, 2);
-  }
-};
-
-// sums[pixel][column] over the window, for P pixels and C columns of a panel of weight_stride / 64 columns.
-template <class Kind, int P, int C>
-void accumulate(const uint8_t* const* pixels, const Window& window, int column, Feed& feed, int32_t* sums) {
-  constexpr int V = C * kVectors;
-  const int64_t stride = (kWholePanels ? C : feed.columns) * kBlock;
-  const uint8_t* weight = feed.weight + column * kBlock;
-  I acc[P][V] = {};
-  for (int64_t run = 0; run < window.runs; ++run) {
-    const int64_t offset = run / window.runs_per_row * window.down + run % window.runs_per_row * window.across;
-    for (int64_t step = 0, next; step < window.steps; step = next) {
-      next = std::min(step + kChunk, window.steps);
-      feed.advance();
-      const uint8_t* at[P];
-      for (int p = 0; p < P; ++p) at[p] = pixels[p] + offset + next * Kind::kStep;
-      for (int64_t i = (step - next) * Kind::kStep; i < 0; i += Kind::kStep, weight += stride) {
-        I w[V];
-        for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const int32_t*>(weight) + v * kLanes);
-#pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          const I a = Kind::activation(at[p] + i);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[p][v] = Kind::add(acc[p][v], a, w[v]);
-        }
-      }
-    }
-  }
-  for (int p = 0; p < P; ++p) {
-    for (int v = 0; v < V; ++v) store(sums + (p * feed.columns + column) * kColumn + v * kLanes, acc[p][v]);
-  }
-}
-
-template <class Kind, int C, int P = Kind::kPixels>
-void accumulate(int pixel_count, const uint8_t* const* pixels, const Window& window, int column, Feed& feed,
-                int32_t* sums) {
-  if (pixel_count == P) return accumulate<Kind, P, C>(pixels, window, column, feed, sums);
-  if constexpr (P > 1) accumulate<Kind, C, P - 1>(pixel_count, pixels, window, column, feed, sums);
-}
-
-template <class Kind, int C = Kind::kColumns>
-void accumulate(int columns, int pixel_count, const uint8_t* const* pixels, const Window& window,
-                int column, Feed& feed, int32_t* sums) {
-  if (columns == C) return accumulate<Kind, C>(pixel_count, pixels, window, column, feed, sums);
-  if constexpr (C > 1) {
-    accumulate<Kind, C - 1>(columns, pixel_count, pixels, window, column, feed, sums);
-  }
-}
-
 class Convolution {
  public:
   Convolution(const bitstep_layer& layer, const bitstep_map& map, const bitstep_step& step)
-      : layer_(layer), map_(layer_map(layer, map)), step_(step), border_(map_) {
+      : layer_(layer), map_(map), step_(step), border_(map_) {
     out_h_ = (border_.height - layer.dilation_h * (layer.kernel_h - 1) - 1) / layer.stride_h + 1;
     out_w_ = (border_.width - layer.dilation_w * (layer.kernel_w - 1) - 1) / layer.stride_w + 1;
     columns_ = (layer.out_channels + kColumn - 1) / kColumn * layer.bases;
@@ -177,21 +30,13 @@ class Convolution {
 #if defined(BITSTEP_avx512)
     if (layer_.table) return run<Tables>(codes, epilogue, y, threads);
 #endif
+#if defined(BITSTEP_amx)
+    if (Tiles::pay(window<Tiles>(), map_.batch * out_h_ * out_w_)) return run<Tiles>(codes, epilogue, y, threads);
+#endif
     run<Bytes>(codes, epilogue, y, threads);
   }
 
  private:
-  // A 1x1 convolution sees no neighbours: its pixels become many short rows, which are easier to share.
-  static bitstep_map layer_map(const bitstep_layer& layer, bitstep_map map) {
-    const int area = layer.kernel_h * layer.kernel_w * layer.stride_h * layer.stride_w;
-    if (area == 1 && map.pad_h == 0 && map.pad_w == 0) {
-      const int pixels = map.height * map.width;
-      for (map.width = std::min(pixels, 16); pixels % map.width; --map.width) {}
-      map.height = pixels / map.width;
-    }
-    return map;
-  }
-
   // Per row of the step and output channel of each basis: y = sum of (sums + offset) * factor.
   void prepare_outputs() {
     const int64_t count = int64_t{columns_} * kColumn;
@@ -216,6 +61,7 @@ class Convolution {
     const int64_t parts = code_bytes < weight_bytes ? 1 : std::min<int64_t>(threads, rows);
     const int64_t shares = std::max<int64_t>(1, threads / parts);
     parallel_for(parts * shares, threads, [&](int64_t begin, int64_t end) {
+      const Registers<Kind> registers(window<Kind>());
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i / shares;
         run_rows<Kind>(codes, rows * part / parts, rows * (part + 1) / parts, i % shares, shares, epilogue, y);
@@ -265,10 +111,7 @@ class Convolution {
         at[p] = source + advance(corner) * Kind::kScaling;
         fetch_outputs(begin + p, first_column, columns, epilogue, y);
       }
-      for (int c = 0; c < columns; c += Kind::kColumns) {
-        const int width = std::min(Kind::kColumns, columns - c);
-        accumulate<Kind>(width, count, at, window, c, feed, sums);
-      }
+      accumulate_panel<Kind>(columns, count, at, window, feed, sums);
       finish(begin, count, first_column, columns, sums, epilogue, y);
     }
   }
@@ -283,6 +126,7 @@ class Convolution {
     window.steps = tap * (merged ? layer_.kernel_w : 1) / Kind::kStep;
     window.across = tap * layer_.dilation_w;
     window.down = border_.row_bytes * Kind::kScaling * layer_.dilation_h;
+    window.beside = tap * layer_.stride_w;
     return window;
   }
 
@@ -347,34 +191,51 @@ class Convolution {
   // sums -> y for the pixels of a tile and the columns of a panel.
   void finish(int64_t pixel, int count, int column, int columns, const int32_t* sums,
               const bitstep_epilogue& epilogue, float* y) const {
-    const int64_t area = out_h_ * out_w_;
-    const int first = column / layer_.bases * kColumn, last = first + columns / layer_.bases * kColumn;
-    int64_t sample = pixel / area;
-    for (const int64_t end = pixel + count; pixel < end; ++pixel, sums += columns * kColumn) {
-      sample += pixel == (sample + 1) * area;
-      const int64_t at_pixel = pixel * layer_.out_channels, at_sample = sample * layer_.out_channels;
-      const int64_t at_row = step_.rows == 1 ? 0 : sample * columns_ * kColumn;
-      const float* bias = epilogue.bias ? epilogue.bias + (epilogue.bias_rows == 1 ? 0 : at_sample) : nullptr;
-      const float* gain = epilogue.gain ? epilogue.gain + at_sample : nullptr;
-      const float* residual = epilogue.residual ? epilogue.residual + at_pixel : nullptr;
-      const int32_t* acc = sums;
-      int64_t at = at_row + column * kColumn;
-      for (int channel = first; channel < last; channel += kColumn) {
+    const int64_t area = out_h_ * out_w_, end = pixel + count;
+    for (int64_t sample = pixel / area, next; pixel < end; pixel = next, ++sample) {
+      next = std::min(end, (sample + 1) * area);
+      for (int c = 0; c < columns; c += layer_.bases) {
+        const int channel = (column + c) / layer_.bases * kColumn;
         for (int v = 0; v < kColumn && channel + v < layer_.out_channels; v += kLanes) {
           const int lanes = std::min(kLanes, layer_.out_channels - channel - v);
-          F total{};
-          for (int basis = 0; basis < layer_.bases; ++basis) {
-            const int i = basis * kColumn + v;
-            total += to_float(load(acc + i) + load(offset_ + at + i)) * load(factor_ + at + i);
+          const int64_t at = int64_t{column + c} * kColumn + v;
+          if (layer_.bases == 2) {
+            finish<2>(sample, pixel, next, at, channel + v, lanes, columns, sums + c * kColumn + v, epilogue, y);
+          } else {
+            finish<1>(sample, pixel, next, at, channel + v, lanes, columns, sums + c * kColumn + v, epilogue, y);
           }
-          if (bias) total += load_some(bias + channel + v, lanes);
-          if (gain) total *= load_some(gain + channel + v, lanes);
-          if (residual) total += load_some(residual + channel + v, lanes);
-          store_some(y + at_pixel + channel + v, total, lanes);
         }
-        acc += layer_.bases * kColumn;
-        at += layer_.bases * kColumn;
       }
+      sums += (next - pixel) * columns * kColumn;
+    }
+  }
+
+  // The same for some channels of pixels of one sample; `at` is where the channels lie among those of all columns.
+  template <int Bases>
+  void finish(int64_t sample, int64_t pixel, int64_t end, int64_t at, int channel, int lanes, int columns,
+              const int32_t* sums, const bitstep_epilogue& epilogue, float* y) const {
+    at += step_.rows == 1 ? 0 : sample * columns_ * kColumn;
+    I offset[Bases];
+    F factor[Bases];
+    for (int basis = 0; basis < Bases; ++basis) {
+      offset[basis] = load(offset_ + at + basis * kColumn);
+      factor[basis] = load(factor_ + at + basis * kColumn);
+    }
+    const int64_t at_sample = sample * layer_.out_channels + channel;
+    const int64_t at_bias = epilogue.bias_rows == 1 ? channel : at_sample;
+    const F bias = epilogue.bias ? load_some(epilogue.bias + at_bias, lanes) : F{};
+    const F gain = epilogue.gain ? load_some(epilogue.gain + at_sample, lanes) : splat(1.0f);
+    const float* residual = epilogue.residual;
+    for (int64_t i = pixel * layer_.out_channels + channel; pixel < end; ++pixel) {
+      F total = bias;
+      for (int basis = 0; basis < Bases; ++basis) {
+        total += to_float(load(sums + basis * kColumn) + offset[basis]) * factor[basis];
+      }
+      total *= gain;
+      if (residual) total += load_some(residual + i, lanes);
+      store_some(y + i, total, lanes);
+      i += layer_.out_channels;
+      sums += columns * kColumn;
     }
   }
 
@@ -413,7 +274,7 @@ class Convolution {
 #endif
 
   const bitstep_layer& layer_;
-  const bitstep_map map_;
+  const bitstep_map& map_;
   const bitstep_step& step_;
   const Border border_;
   int64_t out_h_, out_w_;

@@ -1,12 +1,29 @@
 // Chooses the clone for the machine, and forwards the C interface to it.
+#include <algorithm>
 #include <cstring>
 #include <new>
+#ifdef BITSTEP_HAVE_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "clone.h"
 #include "parallel.h"
 
 namespace bitstep {
 namespace {
+
+#ifdef BITSTEP_HAVE_amx
+// Whether the processor multiplies tiles of bytes, and the kernel lets this process use them.
+bool amx_granted() {
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;  // of cpuid leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBytes) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 struct Candidate {
   const char* name;
@@ -15,8 +32,8 @@ struct Candidate {
 
 // The clones this machine can run, best first, ended by a null name.
 struct Offer {
-  Candidate candidates[4] = {};
-  const char* names[4] = {};
+  Candidate candidates[5] = {};
+  const char* names[5] = {};
 
   Offer() {
     int count = 0;
@@ -28,6 +45,9 @@ struct Offer {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef BITSTEP_HAVE_amx
+      if (amx_granted()) add("amx", amx::clone);
+#endif
       add("avx512", avx512::clone);
     }
 #endif
@@ -46,6 +66,17 @@ const Offer& offer() {
 const Clone*& current() {
   static const Clone* clone = offer().candidates[0].clone;
   return clone;
+}
+
+// A 1x1 convolution sees no neighbours: its pixels become many short rows, which are easier to share among threads.
+bitstep_map in_short_rows(const bitstep_layer& layer, bitstep_map map) {
+  const bool single = layer.kernel_h == 1 && layer.kernel_w == 1 && layer.stride_h == 1 && layer.stride_w == 1;
+  const int64_t pixels = int64_t{map.height} * map.width;
+  if (single && map.pad_h == 0 && map.pad_w == 0 && map.repeat == 1 && pixels <= INT32_MAX) {
+    for (map.width = static_cast<int32_t>(std::min<int64_t>(pixels, 16)); pixels % map.width; --map.width) {}
+    map.height = static_cast<int32_t>(pixels / map.width);
+  }
+  return map;
 }
 
 // Run body(clone); whether memory ran out, as no exception may leave a C function.
@@ -85,20 +116,21 @@ int bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, cons
   using bitstep::scratch;
   using bitstep::Slot;
   return exhausted([&](const bitstep::Clone& clone) {
+    const bitstep_map rows = bitstep::in_short_rows(*layer, *map);
     bitstep_prologue before = prologue ? *prologue : bitstep_prologue{};
     if (before.groups) {
-      const size_t count = size_t(map->batch) * map->channels;
+      const size_t count = size_t(rows.batch) * rows.channels;
       auto* gain = static_cast<float*>(scratch(Slot::kGroupNorm, 2 * count * sizeof(float)));
-      clone.group_norm(*map, before, x, gain, gain + count, threads);
+      clone.group_norm(rows, before, x, gain, gain + count, threads);
       before.normalization = 0;
       before.gain = gain;
       before.shift = gain + count;
-      before.rows = map->batch;
+      before.rows = rows.batch;
     }
-    const size_t pixels = size_t(map->batch) * (map->height + 2 * map->pad_h) * (map->width + 2 * map->pad_w);
-    auto* codes = static_cast<uint8_t*>(scratch(Slot::kCodes, pixels * map->padded_channels));
-    clone.quantize(*map, before, *step, x, codes, threads);
-    clone.convolve(*layer, *map, *step, codes, *epilogue, y, threads);
+    const size_t pixels = size_t(rows.batch) * (rows.height + 2 * rows.pad_h) * (rows.width + 2 * rows.pad_w);
+    auto* codes = static_cast<uint8_t*>(scratch(Slot::kCodes, pixels * rows.padded_channels));
+    clone.quantize(rows, before, *step, x, codes, threads);
+    clone.convolve(*layer, rows, *step, codes, *epilogue, y, threads);
   });
 }
 
