@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bitstep.surgery import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
-DOCUMENT = ROOT / "docs/performance.md"
+DOCUMENT = ROOT / "docs/performance.md"  # a machine with AMX has results and tables of its own: --out ...cpu-amx.json
 
 MODELS = {
     "A": "DDPM for CIFAR-10, the configuration of google/ddpm-cifar10-32",
@@ -402,7 +402,8 @@ def document(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The README's few rows: milliseconds of one forward pass at batch 1."""
-    single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in results["comparisons"] if c["batch"] == 1}
+    comparisons = sorted(results["comparisons"], key=lambda c: c["model"])
+    single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in comparisons if c["batch"] == 1}
     measured = [name for name in SUMMARY if all("median_ms" in rows.get(name, {}) for rows in single.values())]
     lines = [[name, *(f"{rows[name]['median_ms']:.0f}" for rows in single.values())] for name in measured]
     return markdown(["runtime", *(MODELS[name].partition(",")[0] for name in single)], lines)
@@ -429,7 +430,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=runtimes, default=runtimes, help="some take long to build")
     parser.add_argument("--rounds", type=int, default=20, help="visits to every runtime, of 5 calls each")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the other runtimes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=lambda path: Path(path).resolve(), default=RESULTS)
     arguments = parser.parse_args()
     if arguments.worker:
         runtime, name, batch, kind = arguments.worker
@@ -459,10 +460,9 @@ def main() -> None:
         save()
     if arguments.out.parent == RESULTS.parent:
         put(DOCUMENT, arguments.out.stem, document(results))
+        put(ROOT / "README.md", arguments.out.stem.replace("cpu", "speed"), summary(results))
     else:
         print(document(results))
-    if arguments.out == RESULTS:
-        put(ROOT / "README.md", "speed", summary(results))
 
 
 if __name__ == "__main__":
