@@ -27,10 +27,10 @@ _LONGEST_ROW = (2**31 - 1) // (255 * 128)  # products that a 32-bit sum holds
 
 
 class CpuKernel(Kernel):
-    """Integer arithmetic on packed weights: AVX512, AVX2 or portable code, chosen when the library loads.
+    """Integer arithmetic on packed weights: AMX, AVX512, AVX2 or portable code, chosen when the library loads.
 
     Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
-    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI. A layer with
+    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI and no AMX. A layer with
     floating-point activations is left to torch, and gives a channels-last map, as the layers beside it want it.
     """
 
