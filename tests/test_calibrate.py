@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from pipelines import BUILDERS, build
 
 from bitstep.errors import BitstepError, UsageError
@@ -135,6 +140,12 @@ def test_what_the_scheduler_is_not_given_does_not_count() -> None:
     _, target = pool.batch(range(4))  # chunk by chunk, with a learned variance
     epsilon = target[:, :4]
     torch.testing.assert_close(pool.guided(target), 4 * epsilon[:4] - 3 * epsilon[4:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_that_needs_an_image_after_all_is_refused() -> None:
+    edits = StableDiffusionImg2ImgPipeline(**build("stable_diffusion").components)
+    with pytest.raises(BitstepError, match=r"cannot run StableDiffusionImg2ImgPipeline on noise: .*text-to-image"):
+        next(generate(edits, images=1, batch_size=1, steps=2, seed=0))
 
 
 def test_settings_that_would_do_nothing_are_refused() -> None:

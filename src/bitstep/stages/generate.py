@@ -143,7 +143,16 @@ def generate_batch(
             else f"cannot run {name}: it takes no generator or number of inference steps"
         )
     with wrapped(pipeline.scheduler, "step", lambda step: _seeded(step, generators, sampling.get("eta"))):
-        return _as_tensor(pipeline(**arguments)[0])
+        try:
+            return _as_tensor(pipeline(**arguments)[0])
+        except (TypeError, ValueError) as error:
+            if "image" not in parameters:
+                raise
+            # by its signature an image may be left out, but not every pipeline can do without
+            raise BitstepError(
+                f"cannot run {name} on noise: {str(error).splitlines()[0]}; where it needs an image, load its "
+                "components as the text-to-image pipeline of its kind"
+            ) from error
 
 
 def _seeded(step: Callable[..., Any], generators: list[torch.Generator], eta: float | None) -> Callable[..., Any]:
