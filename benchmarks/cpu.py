@@ -5,6 +5,7 @@ takes from ``from_pretrained`` to its first image.
 
     python benchmarks/cpu.py                      # every row that benchmarks/results/cpu.json lacks, then the tables
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
+    python benchmarks/cpu.py --out benchmarks/results/cpu-amx.json     # a machine with AMX has tables of its own
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from bitstep.surgery import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
-DOCUMENT = ROOT / "docs/performance.md"  # a machine with AMX has results and tables of its own: --out ...cpu-amx.json
+DOCUMENT = ROOT / "docs/performance.md"
 
 MODELS = {
     "A": "DDPM for CIFAR-10, the configuration of google/ddpm-cifar10-32",
@@ -389,8 +390,7 @@ def document(results: dict[str, Any]) -> str:
     machine = results["machine"]
     about = f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}; {machine['flags']}."
     models = "\n".join(f"- **{name}**: {text}" for name, text in MODELS.items())
-    comparisons = sorted(results["comparisons"], key=lambda c: COMPARISONS.index((c["model"], c["batch"])))
-    parts = [about, models, *map(table, comparisons)]
+    parts = [about, models, *map(table, results["comparisons"])]
     if "sampling" in results:
         parts.append(table(results["sampling"], f": {STEPS} steps of DDIM, the whole pipeline"))
     if "first_image" in results:
@@ -402,8 +402,7 @@ def document(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The README's few rows: milliseconds of one forward pass at batch 1."""
-    comparisons = sorted(results["comparisons"], key=lambda c: c["model"])
-    single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in comparisons if c["batch"] == 1}
+    single = {c["model"]: {row["name"]: row for row in c["rows"]} for c in results["comparisons"] if c["batch"] == 1}
     measured = [name for name in SUMMARY if all("median_ms" in rows.get(name, {}) for rows in single.values())]
     lines = [[name, *(f"{rows[name]['median_ms']:.0f}" for rows in single.values())] for name in measured]
     return markdown(["runtime", *(MODELS[name].partition(",")[0] for name in single)], lines)
@@ -451,6 +450,7 @@ def main() -> None:
         done = any(c["model"] == name and c["batch"] == batch for c in comparisons)
         if f"{name}{batch}" in arguments.only and not done:
             comparisons.append(compare(name, batch, arguments))
+            comparisons.sort(key=lambda c: COMPARISONS.index((c["model"], c["batch"])))
             save()
     if "sampling" in arguments.only and "sampling" not in results:
         results["sampling"] = compare("A", 1, arguments, pipeline=True)

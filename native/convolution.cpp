@@ -127,6 +127,7 @@ class Convolution {
     window.across = tap * layer_.dilation_w;
     window.down = border_.row_bytes * Kind::kScaling * layer_.dilation_h;
     window.beside = tap * layer_.stride_w;
+    for (window.part = kChunk; window.steps % window.part; --window.part) {}
     return window;
   }
 

@@ -116,21 +116,21 @@ int bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, cons
   using bitstep::scratch;
   using bitstep::Slot;
   return exhausted([&](const bitstep::Clone& clone) {
-    const bitstep_map rows = bitstep::in_short_rows(*layer, *map);
+    const bitstep_map input = bitstep::in_short_rows(*layer, *map);
     bitstep_prologue before = prologue ? *prologue : bitstep_prologue{};
     if (before.groups) {
-      const size_t count = size_t(rows.batch) * rows.channels;
+      const size_t count = size_t(input.batch) * input.channels;
       auto* gain = static_cast<float*>(scratch(Slot::kGroupNorm, 2 * count * sizeof(float)));
-      clone.group_norm(rows, before, x, gain, gain + count, threads);
+      clone.group_norm(input, before, x, gain, gain + count, threads);
       before.normalization = 0;
       before.gain = gain;
       before.shift = gain + count;
-      before.rows = rows.batch;
+      before.rows = input.batch;
     }
-    const size_t pixels = size_t(rows.batch) * (rows.height + 2 * rows.pad_h) * (rows.width + 2 * rows.pad_w);
-    auto* codes = static_cast<uint8_t*>(scratch(Slot::kCodes, pixels * rows.padded_channels));
-    clone.quantize(rows, before, *step, x, codes, threads);
-    clone.convolve(*layer, rows, *step, codes, *epilogue, y, threads);
+    const size_t pixels = size_t(input.batch) * (input.height + 2 * input.pad_h) * (input.width + 2 * input.pad_w);
+    auto* codes = static_cast<uint8_t*>(scratch(Slot::kCodes, pixels * input.padded_channels));
+    clone.quantize(input, before, *step, x, codes, threads);
+    clone.convolve(*layer, input, *step, codes, *epilogue, y, threads);
   });
 }
 

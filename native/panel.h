@@ -54,14 +54,18 @@ struct Tables {
 };
 #endif
 
+constexpr int64_t kChunk = 16;  // steps
+
 // The kernel window over the codes, as runs of consecutive bytes that every pixel visits.
 struct Window {
   int64_t runs, steps;      // runs, and steps in each
   int64_t across, down;     // bytes from run to run in a kernel row, and from kernel row to kernel row
   int64_t runs_per_row;
   int64_t beside;           // bytes from a pixel's window to that of the next in its row
+  int part;                 // steps, at most kChunk: what a run has a whole number of
 
   int64_t count() const { return runs * steps; }
+  int64_t offset(int64_t run) const { return run / runs_per_row * down + run % runs_per_row * across; }
 };
 
 typedef uint8_t B __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
@@ -86,8 +90,6 @@ void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t bloc
     }
   }
 }
-
-constexpr int64_t kChunk = 16;  // steps
 
 // The weights of a panel, which become bytes as the first tile goes through them, while they are in the nearest cache;
 // meanwhile, and with the other tiles, the memory of the next panel is fetched.
@@ -125,7 +127,7 @@ void accumulate(const uint8_t* const* pixels, const Window& window, int column, 
   const uint8_t* weight = feed.weight + column * kBlock;
   I acc[P][V] = {};
   for (int64_t run = 0; run < window.runs; ++run) {
-    const int64_t offset = run / window.runs_per_row * window.down + run % window.runs_per_row * window.across;
+    const int64_t offset = window.offset(run);
     for (int64_t step = 0, next; step < window.steps; step = next) {
       next = std::min(step + kChunk, window.steps);
       feed.advance();

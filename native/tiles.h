@@ -39,33 +39,26 @@ struct Tiles {
   static constexpr int kStep = 4;
   static constexpr int kPixels = 2 * kTileRows, kColumns = 2;
 
-  // Equal parts of a run that fit a tile.
-  static int chunk(const Window& window) {
-    int steps = kTileRows;
-    while (window.steps % steps) --steps;
-    return steps;
-  }
-
   // Whether tiles are filled well enough to be faster than single dot products.
   static bool pay(const Window& window, int64_t pixels) {
-    return chunk(window) >= kTileRows / 2 && pixels > kTileRows / 2;
+    return window.part >= kTileRows / 2 && pixels > kTileRows / 2;
   }
 };
 
-// Tiles 0 to 3 are sums [16][16], 4 and 5 activations [16][4 chunk], 6 and 7 weights [chunk][16][4].
+// Tiles 0 to 3 are sums [16][16], 4 and 5 activations [16][4 part], 6 and 7 weights [part][16][4].
 template <>
 class Registers<Tiles> {
  public:
   explicit Registers(const Window& window) {
-    const int chunk = Tiles::chunk(window);
+    static_assert(kChunk <= kTileRows);
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } layout;
     for (int tile = 0; tile < 8; ++tile) {
-      layout.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? chunk * Tiles::kStep : kBlock);
-      layout.rows[tile] = static_cast<uint8_t>(tile < 6 ? kTileRows : chunk);
+      layout.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? window.part * Tiles::kStep : kBlock);
+      layout.rows[tile] = static_cast<uint8_t>(tile < 6 ? kTileRows : window.part);
     }
     asm volatile("ldtilecfg %0" : : "m"(layout));
   }
@@ -74,12 +67,15 @@ class Registers<Tiles> {
   Registers& operator=(const Registers&) = delete;
 };
 
-// Where up to 16 pixels have their bytes in a chunk of steps.
+// Where up to 16 pixels have their bytes in a part of a run.
 class TilePixels {
  public:
-  TilePixels(const uint8_t* const* pixels, int count, int64_t beside, int chunk)
-      : pixels_(pixels), count_(count), beside_(beside), bytes_(~uint64_t{0} >> (64 - chunk * Tiles::kStep)) {
-    for (int p = 1; p < kTileRows; ++p) gathered_ |= p >= count || pixels[p] - pixels[p - 1] != beside;
+  TilePixels(const uint8_t* const* pixels, int count, const Window& window)
+      : pixels_(pixels),
+        count_(count),
+        beside_(window.beside),
+        bytes_(~uint64_t{0} >> (64 - window.part * Tiles::kStep)) {
+    for (int p = 1; p < kTileRows; ++p) gathered_ |= p >= count || pixels[p] - pixels[p - 1] != beside_;
   }
 
   template <int Tile>
@@ -104,15 +100,13 @@ class TilePixels {
 template <int P, int C>
 void accumulate_tiles(int count, const uint8_t* const* pixels, const Window& window, Feed& feed, int32_t* sums) {
   constexpr int64_t kRow = C * kBlock;
-  const int chunk = Tiles::chunk(window);
-  TilePixels first(pixels, std::min(count, kTileRows), window.beside, chunk);
-  TilePixels second(pixels + kTileRows * (P - 1), count - kTileRows * (P - 1), window.beside, chunk);
+  TilePixels first(pixels, std::min(count, kTileRows), window);
+  TilePixels second(pixels + kTileRows * (P - 1), count - kTileRows * (P - 1), window);
   const uint8_t* weight = feed.weight;
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   for (int64_t run = 0; run < window.runs; ++run) {
-    const int64_t offset = run / window.runs_per_row * window.down + run % window.runs_per_row * window.across;
-    const int64_t end = offset + window.steps * Tiles::kStep;
-    for (int64_t at = offset; at < end; at += chunk * Tiles::kStep, weight += chunk * kRow) {
+    const int64_t begin = window.offset(run), end = begin + window.steps * Tiles::kStep;
+    for (int64_t at = begin; at < end; at += window.part * Tiles::kStep, weight += window.part * kRow) {
       feed.advance();
       first.load<4>(at);
       tile_load<6>(weight, kRow);

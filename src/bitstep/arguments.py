@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bitstep.errors import UsageError
+from bitstep.errors import UsageError, first_line
 
 
 def at_least(least: int, **numbers: int | None) -> None:
@@ -27,4 +27,4 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has its own
-        raise UsageError(f"cannot compute on device {device!r} ({str(error).splitlines()[0]}): try cpu") from error
+        raise UsageError(f"cannot compute on device {device!r} ({first_line(error)}): try cpu") from error

@@ -9,3 +9,8 @@ class BitstepError(Exception):
 
 class UsageError(BitstepError):
     """The request itself was wrong (an unknown recipe, an impossible option); the command line exits with code 2."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, for a line of our own; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

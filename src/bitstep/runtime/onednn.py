@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitstep.denoiser.steps import per_sample
+from bitstep.errors import first_line
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
@@ -131,5 +132,5 @@ def operators_fault() -> str | None:
     try:
         y = _linear(LayerTensors(weight, None, None))(codes, 1.0, 0)
     except (AttributeError, RuntimeError, TypeError) as error:
-        return f"torch's oneDNN operators do not work here ({str(error).splitlines()[0]})"
+        return f"torch's oneDNN operators do not work here ({first_line(error)})"
     return None if y.item() == -128 * 255 * 64 else "products of eight bits saturate on this processor"

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from bitstep.errors import BitstepError, UsageError
+from bitstep.errors import BitstepError, UsageError, first_line
 from bitstep.randomness import generator
 from bitstep.trajectories.recording import wrapped
 
@@ -150,7 +150,7 @@ def generate_batch(
                 raise
             # by its signature an image may be left out, but not every pipeline can do without
             raise BitstepError(
-                f"cannot run {name} on noise: {str(error).splitlines()[0]}; where it needs an image, load its "
+                f"cannot run {name} on noise: {first_line(error)}; where it needs an image, load its "
                 "components as the text-to-image pipeline of its kind"
             ) from error
 

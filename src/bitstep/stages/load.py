@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from bitstep.arguments import check_device
-from bitstep.errors import BitstepError
+from bitstep.errors import BitstepError, first_line
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
 _DEMOS = (
@@ -73,7 +73,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     except BitstepError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds for a damaged folder
-        raise BitstepError(f"cannot load {name}: {_without_safetensors(folder) or _first_line(error)}") from error
+        raise BitstepError(f"cannot load {name}: {_without_safetensors(folder) or first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return Source(name, pipeline, folder)
 
@@ -132,7 +132,7 @@ def _locate(name: str) -> Path:
     except Exception as error:  # offline, not found, gated, no safetensors: each has its own exception
         raise BitstepError(
             f"{name} is no folder here and cannot be had from the Hugging Face Hub "
-            f"(offline, unknown or private?): {_first_line(error)}"
+            f"(offline, unknown or private?): {first_line(error)}"
         ) from error
 
 
@@ -185,7 +185,3 @@ def _without_safetensors(folder: Path) -> str | None:
                 f"DiffusionPipeline.from_pretrained(FOLDER, {options}) and save_pretrained it to another folder"
             )
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
