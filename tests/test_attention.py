@@ -16,6 +16,7 @@ from pipelines import build, unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bitstep.denoiser.attention
 from bitstep import library
 from bitstep.checkpoint import PackedOperands, pack_model
 from bitstep.denoiser.attention import OPERANDS, attend, intercept
@@ -52,13 +53,26 @@ def operands(*shape: int, heads: int = 4, keys: int = 7) -> tuple[Tensor, Tensor
         {"is_causal": True},
         {"attn_mask": torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))},
         {"attn_mask": torch.arange(35).reshape(5, 7) % 3 > 0},
+        {"attn_mask": torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(2))},
     ],
-    ids=["plain", "scale", "causal", "bias", "mask"],
+    ids=["plain", "scale", "causal", "bias", "mask", "bias of each head"],
 )
-def test_untouched_operands_give_what_torch_gives(options: dict[str, Any]) -> None:
+def test_untouched_operands_give_what_torch_gives(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands()
     expected = F.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(attend(lambda _, x: x, query, key, value, **options), expected)
+    # in pieces of three heads and of one, where memory is short
+    monkeypatch.setattr(bitstep.denoiser.attention, "TOGETHER", 2 * 3 * 5 * 7)
+    shapes = []
+
+    def seen(operand: str, x: Tensor) -> Tensor:
+        if operand == "probability":
+            shapes.append(x.shape)
+        return x
+
+    with torch.no_grad():
+        torch.testing.assert_close(attend(seen, query, key, value, **options), expected)
+    assert shapes == [(2, 3, 5, 7), (2, 1, 5, 7)]
 
 
 def test_grouped_queries() -> None:

@@ -142,7 +142,7 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
             ["training.0.techniques=[{kind: mimicking}]"],
             "runs the whole denoiser, not blockwise",
         ),
-        ("dilatequant", "W4A4", ["training.0.gradient_checkpointing=true"], "with single blocks it would save nothing"),
+        ("efficientdm", "W4A4", ["training.0.memory=0"], "greater than 0"),
         ("mse", "W4A4", ["layers.rules=[{match: '*', weight_bits: 1}]"], "asks for 1 bit, uniform weights take 2"),
         ("efficientdm", "W4A4", ["weights.rank=-3"], "greater than or equal to 0"),
         ("efficientdm", "W4A4", ["training.7.iterations=3"], "below 1"),

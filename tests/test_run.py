@@ -88,13 +88,19 @@ def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "effort"),
-    [*((name, "full") for name, method in METHODS.items() if method.training), ("dilatequant", "quick")],
+    ("name", "effort", "memory"),
+    [
+        *((name, "full", 8.0) for name, method in METHODS.items() if method.training),
+        ("dilatequant", "quick", 8.0),
+        ("binarydm", "quick", 1e-9),  # sample by sample, blocks computed again
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(
-    name: str, effort: Effort, teacher: str, tmp_path: Path, monkeypatch: Any
+    name: str, effort: Effort, memory: float, teacher: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    whole = run.quantize(teacher, out=tmp_path / "whole", **tiny(name, effort))
+    arguments = tiny(name, effort)
+    arguments["overrides"] += [f"training.{phase}.memory={memory}" for phase in range(phases_of(name, effort))]
+    whole = run.quantize(teacher, out=tmp_path / "whole", **arguments)
     monkeypatch.setattr(run, "SAVE_EVERY_SECONDS", 0.0)
     real = finetune.finetune
 
@@ -106,17 +112,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(run, "finetune", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.quantize(teacher, out=tmp_path / "killed", **tiny(name, effort))
+        run.quantize(teacher, out=tmp_path / "killed", **arguments)
     assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(run, "finetune", real)
     with pytest.raises(UsageError, match="unfinished run"):
-        run.quantize(teacher, out=tmp_path / "killed", **tiny(name, effort))
+        run.quantize(teacher, out=tmp_path / "killed", **arguments)
     with pytest.raises(UsageError, match="another source, seed or recipe"):
-        run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort, seed=5))
-    resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **tiny(name, effort))
+        run.quantize(teacher, out=tmp_path / "killed", resume=True, **arguments | {"seed": 5})
+    resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **arguments)
     assert weights(resumed) == weights(whole)
     assert (resumed / "run" / LOSS).read_text() == (whole / "run" / LOSS).read_text()
-    assert run.quantize(teacher, out=resumed, resume=True, **tiny(name, effort)) == resumed
+    assert run.quantize(teacher, out=resumed, resume=True, **arguments) == resumed
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -283,6 +289,16 @@ def test_a_method_without_training_shows_no_training(
     assert not (out / "run" / LOSS).exists()
 
 
+def test_a_full_gpu_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(run, "record", full)
+    with pytest.raises(BitstepError, match=r"cpu ran out of memory: .*--set$"):
+        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("error", "place"),
     [(OSError(28, "No space left on device", "weights"), "weights"), (SafetensorError("No space left on device"), "")],
@@ -299,10 +315,3 @@ def test_a_full_disk_is_one_clear_line(
             run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
     assert not (tmp_path / "out").exists()
     assert run.quantize(teacher, out=tmp_path / "out", resume=True, **tiny("minmax")).exists()
-
-
-def test_gradient_checkpointing_changes_nothing(teacher: str, tmp_path: Path) -> None:
-    plain = run.quantize(teacher, out=tmp_path / "plain", **tiny("efficientdm"))
-    arguments = tiny("efficientdm")
-    arguments["overrides"] = [*arguments["overrides"], "training.0.gradient_checkpointing=true"]
-    assert weights(run.quantize(teacher, out=tmp_path / "saved", **arguments)) == weights(plain)

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -94,6 +93,10 @@ def quantize(
         torch.manual_seed(seed)
         student = _fit(loaded, resolved, work, seed, texts, images, report)
         _pack(loaded, student, resolved, work, report)
+    except torch.OutOfMemoryError as error:
+        raise BitstepError(
+            f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
+        ) from error
     except (OSError, SafetensorError) as error:
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
@@ -148,8 +151,6 @@ def _fit(
 
 
 def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _Report) -> None:
-    if any(phase.gradient_checkpointing for phase in phases):
-        cast(ModelMixin, context.student).enable_gradient_checkpointing(context.cursor.checkpoint)
     state, losses = work.restore(context)
     saved = time.monotonic()
     with report.bar("fine-tune") as update:

@@ -119,6 +119,8 @@ class RunFolder:
         tensors |= {f"moments.{name}": tensor for name, tensor in moments(state).items()}
         tensors |= {f"average.{name}": tensor for name, tensor in state.average.items()}
         position = {"phase": state.phase, "unit": state.unit, "iteration": state.iteration}
+        if state.at_once is not None:
+            position["at_once"] = state.at_once
         with replacing(self.path / LOSS) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([("phase", "unit", "iteration", "loss"), *losses])
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -138,7 +140,8 @@ class RunFolder:
             trained = trained_tensors(context.trained)
             average = {name: x.to(trained[name].device) for name, x in _under("average.", tensors).items()}
             reached = (int(position["phase"]), int(position["unit"]), int(position["iteration"]))
-            state = TrainingState(*reached, moments=_under("moments.", tensors), average=average)
+            at_once = int(position["at_once"]) if "at_once" in position else None
+            state = TrainingState(*reached, at_once, moments=_under("moments.", tensors), average=average)
             with (self.path / LOSS).open(newline="") as file:
                 losses = [(int(p), int(u), int(i), float(x)) for p, u, i, x in list(csv.reader(file))[1:]]
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

@@ -8,7 +8,9 @@ may observe or quantize it, or by a kernel for attention of quantized operands.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 OPERANDS = ("query", "key", "value", "probability")
+
+TOGETHER = 2**27
+"""Probabilities that :func:`attend` computes at a time without gradients, half a gigabyte in float32."""
 
 Transform = Callable[[str, Tensor], Tensor]
 """``transform(operand, tensor) -> tensor`` for each of :data:`OPERANDS`: ``[batch, heads, tokens, width]``, and
@@ -34,11 +39,40 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` of transformed operands, as plain matrix products."""
+    """``scaled_dot_product_attention`` of transformed operands, as plain matrix products.
+
+    Without gradients it goes by a few heads at a time where the probabilities of all would take too much memory
+    (``TOGETHER``); ``transform`` then meets them in pieces ``[batch, some heads, queries, keys]``.
+    """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     query, key, value = transform("query", query), transform("key", key), transform("value", value)
+
+    compute = partial(_attend, transform, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+    heads = query.shape[1] if query.ndim == 4 else 1
+    probabilities = query[..., 0].numel() * key.shape[-2]
+    together = heads if torch.is_grad_enabled() else max(1, heads * TOGETHER // max(probabilities, 1))
+    if together >= heads:
+        return compute(query, key, value, attn_mask)
+    masks: Iterable[Tensor | None] = repeat(attn_mask)
+    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:  # one for each head
+        masks = attn_mask.split(together, 1)
+    queries, keys, values = (operand.split(together, 1) for operand in (query, key, value))
+    return torch.cat([compute(*piece) for piece in zip(queries, keys, values, masks, strict=False)], 1)
+
+
+def _attend(
+    transform: Transform,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
     logits = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()

@@ -18,9 +18,8 @@ import torch
 from diffusers.models.downsampling import Downsample1D, Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, weight_of
@@ -93,7 +92,7 @@ class Block:
 @torch.no_grad()
 def trace(denoiser: nn.Module, call: Call) -> Structure:
     """Run ``denoiser`` on ``call`` three times: as it is, with another sample, and with other timesteps."""
-    with _observed(denoiser) as seen, FlopCounterMode(display=False) as counter:
+    with _observed(denoiser) as seen, FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         batch = len(run(denoiser, call))
     other_sample, other_timestep = (_layer_runs(denoiser, other) for other in _perturbed(denoiser, call))
     layers = tuple(
@@ -263,9 +262,15 @@ def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
                 stack.callback(module.register_forward_hook(functools.partial(seen.norm_ran, name)).remove)
             stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
         stack.enter_context(seen)
-        # attention as plain matrix products: the fused kernels of the CPU are invisible to FlopCounterMode
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield seen
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What FlopCounterMode has no formula for: the fused attention of the CPU."""
 
 
 def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:

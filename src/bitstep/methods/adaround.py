@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from bitstep.methods.base import (
+    ALL,
     Activations,
     Calibration,
     Context,
@@ -52,21 +53,20 @@ class SoftRounding(Technique):
     """
 
     kind: Literal["soft-rounding"] = "soft-rounding"
+    recomputable: ClassVar[bool] = False  # soft only while the loss is computed
     weight: NonNegativeFloat = 1e-4
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
     def check(self, weights: Weights, phase: Phase) -> None:
         if not isinstance(weights, AdaRoundWeights):
             raise ValueError("soft-rounding needs weights of kind adaround")
-        if phase.gradient_checkpointing:
-            raise ValueError("soft-rounding is over when gradient_checkpointing computes a block again")
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         quantizers = unit.weight_quantizers(AdaRoundWeight)
 
-        def loss(iteration: int) -> Tensor:
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
             with relaxed(quantizers):
-                value = unit.loss(iteration)
+                value = unit.loss(iteration, part)
             progress = (iteration / phase.iterations - self.warm_up) / (1 - self.warm_up)
             if progress < 0:
                 return value

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import (
@@ -248,14 +248,23 @@ class Context:
         return call.map(lambda _, tensor: _channels_last(tensor).to(device))
 
 
+ALL = slice(None)
+
+
+class Loss(Protocol):
+    """The mean loss of the samples ``part`` of an iteration's batch: a pure function of these and the parameters, so
+    that a resumed run repeats it exactly, and a batch may be taken in parts (:mod:`bitstep.stages.memory`)."""
+
+    def __call__(self, iteration: int, part: slice = ALL, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Unit:
-    """A part of the student trained on its own: its layers and attention, and ``loss(iteration)``, a pure function of
-    the iteration and the parameters, so that a resumed run repeats it exactly."""
+    """A part of the student trained on its own: its layers and attention, and its loss."""
 
     name: str
     layers: Mapping[str, FakeQuantized]
-    loss: Callable[[int], Tensor]
+    loss: Loss
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
 
     @property
@@ -291,6 +300,8 @@ class Objective(Variant):
 class Technique(Variant):
     """Something that accompanies an objective: a term added to its loss, or a schedule that acts on the layers."""
 
+    recomputable: ClassVar[bool] = True  # whether the backward pass, computing a block again, meets what the loss met
+
     def check(self, weights: Weights, phase: Phase) -> None:
         """Raise ValueError where the technique would do nothing, or cannot work."""
 
@@ -304,6 +315,8 @@ class Phase(Slot):
 
     techniques: applied to every unit of the objective, in this order
     ema: decay of the exponential moving average of the trained parameters that each unit ends with; 0 for none
+    memory: gibibytes that a loss may keep for its gradients; what does not fit is taken in parts, and where one sample
+        does not fit, computed again block by block in the backward pass (:mod:`bitstep.stages.memory`)
     """
 
     objective: SerializeAsAny[Objective]
@@ -314,13 +327,7 @@ class Phase(Slot):
     decay: Literal["linear", "cosine"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gradient_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _checkpoints_something(self) -> Self:
-        if self.gradient_checkpointing and not self.objective.whole:
-            raise ValueError("gradient_checkpointing is for whole denoisers: with single blocks it would save nothing")
-        return self
+    memory: PositiveFloat = 8.0
 
 
 class Method(Slot):

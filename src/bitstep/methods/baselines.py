@@ -9,19 +9,19 @@ MINMAX = Method(
     name="minmax",
     weights=UniformWeights(range="minmax"),
     activations=Activations(per_step=False, range="minmax"),
-    calibration=Calibration(images=64, steps=50),
+    calibration=Calibration(images=16, steps=50),
 )
 
 MSE = Method(
     name="mse",
     activations=Activations(per_step=False),
-    calibration=Calibration(images=64, steps=50),
+    calibration=Calibration(images=16, steps=50),
 )
 
 LSQ = Method(
     name="lsq",
     activations=Activations(per_step=False),
-    calibration=Calibration(images=64, steps=100),
+    calibration=Calibration(images=16, steps=100),
     training=(
         Phase(
             objective=DiffusionLoss(),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.structure import Structure, blocks
 from bitstep.methods.base import (
+    ALL,
     Activations,
     AttentionOperands,
     Calibration,
@@ -119,9 +120,9 @@ class Mimicking(Technique):
             for name, gram in feature_grams(context, names, phase.batch_size).items()
         }
 
-        def loss(iteration: int) -> Tensor:
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
             with _features(context.student, names) as student, _arguments(context.student) as calls:
-                value = unit.loss(iteration)
+                value = unit.loss(iteration, part)
             args, kwargs = calls[-1]
             with torch.no_grad(), _features(context.teacher, names) as teacher:
                 context.teacher(*args, **kwargs)
@@ -146,10 +147,10 @@ class WarmUp(Technique):
             quantizers += [part for part in module.modules() if isinstance(part, ActivationQuantizer)]
         pace = self.share * phase.iterations / len(quantizers)  # iterations from one to the next
 
-        def loss(iteration: int) -> Tensor:
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
             for rank, quantizer in enumerate(quantizers):
                 quantizer.enabled = iteration >= int(pace * rank)
-            return unit.loss(iteration)
+            return unit.loss(iteration, part)
 
         return replace(unit, loss=loss)
 
@@ -171,13 +172,13 @@ class EvolvableBasis(Technique):
         if not quantizers:
             return unit
 
-        def loss(iteration: int) -> Tensor:
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
             if iteration >= int(self.share * phase.iterations):
                 for quantizer in quantizers:
                     quantizer.drop_second_basis()
-                return unit.loss(iteration)
+                return unit.loss(iteration, part)
             second = torch.cat([quantizer.second_scale().flatten() for quantizer in quantizers])
-            return unit.loss(iteration) + self.penalty * second.mean()
+            return unit.loss(iteration, part) + self.penalty * second.mean()
 
         return replace(unit, loss=loss)
 

@@ -19,6 +19,9 @@ from bitstep.numerics import rows
 
 RangeMethod = Literal["minmax", "mse", "lsq"]
 
+_CACHED = 2**17
+"""Values that range search works on at once on a CPU: a thousand passes over what stays in the second-level cache."""
+
 
 def levels(bits: int) -> int:
     """Number of codes, N."""
@@ -122,14 +125,22 @@ def search_range(
         return scale.clamp(min=_smallest_scale(bits)), torch.full_like(scale, levels(bits) // 2)
     low = (x.amin(1) if low is None else low).clamp(max=0)
     high = (x.amax(1) if high is None else high).clamp(min=0)
-    best_scale, best_zero = _affine(low, high, bits, symmetric)
     if method == "minmax":
-        return best_scale, best_zero
+        return _affine(low, high, bits, symmetric)
+    together = max(1, _CACHED // x.shape[1]) if x.device.type == "cpu" else len(x)
+    parts = zip(x.split(together), low.split(together), high.split(together), strict=True)
+    found = [_least_error(*part, bits=bits, symmetric=symmetric) for part in parts]
+    scales, zero_points = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(zero_points)
+
+
+def _least_error(x: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    best_scale, best_zero = _affine(low, high, bits, symmetric)
     best_error = torch.full_like(low, torch.inf)
     for percent in range(100, 20, -1):
         shrink = percent / 100
         scale, zero = _affine(low * shrink, high * shrink, bits, symmetric)
-        x_hat = _codes(x, scale[:, None], zero[:, None], bits).sub_(zero[:, None]).mul_(scale[:, None])
+        x_hat = fake_quantize(x, scale[:, None], zero[:, None], bits)
         # |e|**2.4 = exp(2.4 log |e|), five times as fast as pow; the floor keeps log finite
         error = x_hat.sub_(x).abs_().clamp_(min=1e-20).log_().mul_(2.4).exp_().sum(1)
         better = error < best_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bitstep.errors import BitstepError
-from bitstep.methods.base import Context, LearningRates, Phase
+from bitstep.methods.base import Context, LearningRates, Phase, Unit
 from bitstep.quantizers.layers import FakeQuantized
+from bitstep.stages.memory import parts, recomputed, samples_at_once
 from bitstep.stages.optim import RowSparseAdam
 
 TABLES = ("activation_scale", "activation_zero_point")
@@ -36,12 +38,14 @@ class TrainingState:
     """Where training stands: the next iteration to run, and the optimizers of the unit being trained.
 
     ``moments`` are the optimizers' saved tensors, waiting to be taken up when that unit's optimizers are built;
-    ``average`` is the moving average of the unit's trained tensors, if its phase keeps one.
+    ``average`` is the moving average of the unit's trained tensors, if its phase keeps one. ``at_once`` is how many
+    samples of a batch the unit is trained on together (:mod:`bitstep.stages.memory`), None until that is known.
     """
 
     phase: int = 0
     unit: int = 0
     iteration: int = 0
+    at_once: int | None = None
     optimizers: tuple[Optimizer, ...] = ()
     moments: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
@@ -55,36 +59,49 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
     while state.phase < len(phases):
         phase = phases[state.phase]
         for unit in phase.objective.units(context, phase, state.unit):
+            if state.at_once is None:
+                state.at_once = samples_at_once(unit, phase)
             for technique in phase.techniques:
                 unit = technique.applied(unit, context, phase)
             state.optimizers = optimizers(unit.trained, phase)
             restore_moments(state)
             if phase.ema and not state.average:
                 state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.trained).items()}
-            while state.iteration < phase.iterations:
-                schedule = _decay(phase, state.iteration)
-                for optimizer in state.optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak_lr"] * schedule
-                loss = unit.loss(state.iteration)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise BitstepError(
-                        f"the loss became {value} in {unit.name} at iteration {state.iteration}; "
-                        "lower the learning rates (--set training.N.learning_rates...)"
-                    )
-                loss.backward()
-                for optimizer in state.optimizers:
-                    optimizer.step()
-                if phase.ema:
-                    _average(state, unit.trained, phase.ema)
-                state.iteration += 1
-                yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
+            with nullcontext() if state.at_once else recomputed(context, phase):
+                while state.iteration < phase.iterations:
+                    schedule = _decay(phase, state.iteration)
+                    for optimizer in state.optimizers:
+                        optimizer.zero_grad(set_to_none=True)
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["peak_lr"] * schedule
+                    value = _backward(unit, phase, state)
+                    for optimizer in state.optimizers:
+                        optimizer.step()
+                    if phase.ema:
+                        _average(state, unit.trained, phase.ema)
+                    state.iteration += 1
+                    yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
             if phase.ema:
                 load_trained_tensors(unit.trained, state.average)
-            state.unit, state.iteration, state.optimizers, state.average = state.unit + 1, 0, (), {}
+            state.unit, state.iteration, state.at_once = state.unit + 1, 0, None
+            state.optimizers, state.average = (), {}
         state.phase, state.unit = state.phase + 1, 0
+
+
+def _backward(unit: Unit, phase: Phase, state: TrainingState) -> float:
+    """The loss of this iteration's batch, and its gradients, part by part."""
+    assert state.at_once is not None
+    value = 0.0
+    for part in parts(phase.batch_size, state.at_once):
+        loss = unit.loss(state.iteration, part) * ((part.stop - part.start) / phase.batch_size)
+        value += float(loss.detach())
+        if not math.isfinite(value):
+            raise BitstepError(
+                f"the loss became {value} in {unit.name} at iteration {state.iteration}; "
+                "lower the learning rates (--set training.N.learning_rates...)"
+            )
+        loss.backward()
+    return value
 
 
 def optimizers(modules: Mapping[str, nn.Module], phase: Phase) -> tuple[Optimizer, ...]:

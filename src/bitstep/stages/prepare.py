@@ -79,7 +79,7 @@ def prepare(
     importance: ``[T]``, what errors at each timestep count where bits are allocated by them; None for all alike
     """
     device = next(teacher.parameters()).device
-    structure = trace(teacher, pool.batch(pool.indices_at(0)[:2])[0].to(device))
+    structure = trace(teacher, pool.batch(pool.indices_at(0)[:1])[0].to(device))
     errors = partial(_errors, teacher, pool, method, importance, progress)
     decided = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
     names = [layer.name for layer in decided.layers if layer.activation_bits is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstep.denoiser.attention import attend, intercept
+from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.layers import channel_axis
 from bitstep.numerics.uniform import RangeMethod, search_range
@@ -69,14 +70,11 @@ def observe(
     steps, device = len(pool.timesteps), next(denoiser.parameters()).device
     observed: dict[str, list[Observed]] = {}
     parts: dict[str, list[Observed]] = {}  # of one timestep
-    met: set[str] = set()  # in one forward pass
+    runs: Counter[str] = Counter()  # in one forward pass
     row = 0
 
     def keep(name: str, x: Tensor) -> None:
         """``x``: ``[channels, n]``."""
-        if name in met:
-            return
-        met.add(name)
         seen = parts.setdefault(name, [])
         places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=generator(0, name, row + len(seen) * steps))
         channels = places // x.shape[1]
@@ -85,10 +83,14 @@ def observe(
         seen.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
 
     def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        keep(name, args[0].float().movedim(channel_axis(layer), 0).flatten(1))
+        runs[name] += 1
+        if runs[name] == 1:
+            keep(name, args[0].float().movedim(channel_axis(layer), 0).flatten(1))
 
     def keep_operand(name: str, operand: str, x: Tensor) -> Tensor:
-        keep(f"{name}.{operand}", x.float().reshape(1, -1))
+        runs[name] += operand == OPERANDS[0]
+        if runs[name] == 1:  # (probabilities may come in pieces)
+            keep(f"{name}.{operand}", x.float().reshape(1, -1))
         return x
 
     handles: list[RemovableHandle] = []
@@ -99,7 +101,7 @@ def observe(
     try:
         for row in range(steps):
             for indices in pool.indices_at(row)[:images].split(batch_size):
-                met.clear()
+                runs.clear()
                 call, _ = pool.batch(indices)
                 run(denoiser, call.to(device))
             for name, seen in parts.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import Block
-from bitstep.methods.base import Context, Objective, Phase, Unit
+from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.randomness import draw
 from bitstep.trajectories.rows import Rows
 
@@ -48,8 +48,8 @@ def _unit(block: Block, context: Context, phase: Phase, indices: Tensor, emphasi
     rows = _record(block.name, context, indices, phase.batch_size)
     module = context.student.get_submodule(block.name)
 
-    def loss(iteration: int) -> Tensor:
-        chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{block.name}", iteration)
+    def loss(iteration: int, part: slice = ALL) -> Tensor:
+        chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{block.name}", iteration)[part]
         call = context.placed(rows.batch(chosen))
         args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
         with context.cursor.at(call.arguments["timestep"]):

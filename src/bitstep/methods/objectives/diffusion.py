@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from bitstep.denoiser.calls import Call, run
-from bitstep.methods.base import Context, Objective, Phase, Unit
+from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.randomness import draw, generator
 from bitstep.trajectories.images import unconditional
@@ -29,12 +28,13 @@ class DiffusionLoss(Objective):
         if images is None:
             yield from TrajectoryDistillation(emphasis=self.emphasis).units(context, phase, start)
             return
-        call, _ = context.pool.batch(torch.zeros(phase.batch_size, dtype=torch.int64))
+        call, _ = context.pool.batch([0])
         sample_name, timestep_name = unconditional(call)
 
-        def loss(iteration: int) -> Tensor:
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
             indices = draw(len(images), phase.batch_size, context.seed, "images", iteration)
-            sample, timestep, target = images.noised(indices, generator(context.seed, "diffusion", iteration))
+            noised = images.noised(indices, generator(context.seed, "diffusion", iteration))
+            sample, timestep, target = (tensor[part] for tensor in noised)
             arguments = {**call.arguments, sample_name: sample, timestep_name: timestep.to(call.timestep.dtype)}
             output = run(context.student, context.placed(Call(arguments)))[:, : target.shape[1]]
             return (output.float() - target.to(output.device)).square().mean()

@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from bitstep.denoiser.calls import run
-from bitstep.methods.base import Context, Objective, Phase, Unit
+from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.quantizers.layers import frozen
 from bitstep.randomness import draw
 
@@ -32,8 +32,8 @@ class TrajectoryDistillation(Objective):
             layers, attention = context.within(*context.blocks()[-self.last :])
         others = [module for name, module in context.trained.items() if name not in {*layers, *attention}]
 
-        def loss(iteration: int) -> Tensor:
-            indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
+            indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)[part]
             call, target = context.batch(indices)
             weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
             with frozen(others):
