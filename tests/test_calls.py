@@ -205,6 +205,35 @@ def test_schedulers_may_be_stepped_for_others_or_not_at_all(stepped: bool) -> No
     assert torch.equal(pool.guided(pool.batch([0, 1])[1]), 8 * x)
 
 
+@pytest.mark.parametrize("change", [0.2, 0.9])
+@torch.no_grad()
+def test_a_row_by_itself_may_round_to_other_codes(change: float) -> None:
+    """As in a packed model of four bits: what is batched is what changes least, if that is not everything."""
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(1))
+
+        def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, places: Tensor) -> Tensor:
+            if len(text) != len(sample):
+                raise BitstepError("what the kernel of attention says of such shapes")
+            return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 1)) + 0 * timestep[:, None]
+
+    class Scheduler:
+        def step(self, model_output: Tensor) -> Tensor:
+            return model_output
+
+    denoiser, rows = Denoiser(), torch.rand(4, 3) + 1
+    with Recorder(denoiser, Scheduler(), 4) as recorder:
+        denoiser(rows, torch.full((4,), 8.0), rows, rows)
+    if change > 0.5:
+        with pytest.raises(BitstepError, match="can be computed by itself"):
+            recorder.shard()
+    else:
+        assert recorder.shard().batched == ("call.sample", "call.timestep", "call.text")
+
+
 @torch.no_grad()
 def test_calls_that_cannot_be_recorded_are_clear_errors() -> None:
     class Denoiser(nn.Module):
