@@ -16,8 +16,10 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, TimestepEmbedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -230,6 +232,40 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         return [self.attn1, self.attn2, self.norm1, norm, self.norm2, self.norm3, self.ff, *self.ff.net]
 
 
+class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
+    """Transformer blocks on the pixels of a map, projected in after group normalization, and out onto the map."""
+
+    @staticmethod
+    def recognises(block: Transformer2DModel) -> bool:
+        return (
+            block.is_input_continuous
+            and isinstance(block.norm, nn.GroupNorm)
+            and _native(block.proj_in, block.proj_out)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        unknown = any(argument is not None for argument in (*args, *kwargs.values()))
+        if unknown or not _runs_fused(hidden_states, (self.proj_in, self.proj_out), self.norm):
+            return super().forward(
+                hidden_states, encoder_hidden_states, timestep, *args, return_dict=return_dict, **kwargs
+            )
+        x = _nhwc(hidden_states)
+        pixels = x.reshape(len(x), 1, -1, x.shape[-1])
+        tokens = _run(self.proj_in, pixels, _group_norm(self.norm))[:, 0]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=encoder_hidden_states, timestep=timestep)
+        y = _nchw(_run(self.proj_out, tokens.contiguous()[:, None], residual=pixels).reshape(x.shape))
+        return Transformer2DModelOutput(sample=y) if return_dict else (y,)
+
+
 class FusedTimestepEmbedding(TimestepEmbedding):  # type: ignore[misc]
     """Two linear layers with SiLU between them."""
 
@@ -304,6 +340,7 @@ _FUSED = (
     FusedResnetBlock2D,
     FusedAttention,
     FusedBasicTransformerBlock,
+    FusedTransformer2DModel,
     FusedTimestepEmbedding,
     FusedLabelEmbedding,
     FusedDownsample2D,
