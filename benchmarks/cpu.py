@@ -1,6 +1,6 @@
 """Speed and memory of whole denoisers on the CPU: bitstep at several widths against eager PyTorch and other runtimes.
 
-Three kinds of tables: one forward pass of models A, B and C; a whole pipeline of A; and the time that a fresh process
+Three kinds of tables: one forward pass of models A to D; a whole pipeline of A; and the time that a fresh process
 takes from ``from_pretrained`` to its first image.
 
     python benchmarks/cpu.py                      # every row that benchmarks/results/cpu.json lacks, then the tables
@@ -50,8 +50,9 @@ MODELS = {
     "A": "DDPM for CIFAR-10, the configuration of google/ddpm-cifar10-32",
     "B": "latent diffusion UNet of the LDM-4 kind, 64x64 latents",
     "C": "DiT-B/2, 32x32 latents",
+    "D": "UNet of Stable Diffusion 1.5, 64x64 latents",
 }
-COMPARISONS = [("A", 1), ("A", 4), ("A", 16), ("B", 1), ("C", 1)]
+COMPARISONS = [("A", 1), ("A", 4), ("A", 16), ("B", 1), ("C", 1), ("D", 1)]
 PEER = "OpenVINO int8 + bf16"
 WIDTHS = {"bitstep W8A8": (8, 8), "bitstep W4A8": (4, 8), "bitstep W4A4": (4, 4), "bitstep W1A4": (1, 4)}
 SUMMARY = (
@@ -72,13 +73,15 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def build(name: str) -> nn.Module:
-    from diffusers import DiTTransformer2DModel, UNet2DModel
+    from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
     torch.manual_seed(0)
     if name == "C":
         model = DiTTransformer2DModel(
             num_attention_heads=12, attention_head_dim=64, out_channels=8, num_layers=12, norm_eps=1e-6
         )
+    elif name == "D":
+        model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     elif name == "B":
         attention = 3
         model = UNet2DModel(
@@ -120,11 +123,12 @@ def arguments(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Any]:
     """What such a model is called with, by name."""
     if "DiT" in type(model).__name__:
         return {"hidden_states": x, "timestep": t, "class_labels": torch.zeros_like(t), "return_dict": False}
-    return {"sample": x, "timestep": t, "return_dict": False}
+    text = {"encoder_hidden_states": torch.ones(len(x), 77, 768)} if "Condition" in type(model).__name__ else {}
+    return {"sample": x, "timestep": t, "return_dict": False, **text}
 
 
 def example(name: str, batch: int) -> tuple[Tensor, Tensor]:
-    channels, size = {"A": (3, 32), "B": (3, 64), "C": (4, 32)}[name]
+    channels, size = {"A": (3, 32), "B": (3, 64), "C": (4, 32), "D": (4, 64)}[name]
     return torch.randn(batch, channels, size, size), torch.full((batch,), 500)
 
 

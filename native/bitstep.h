@@ -29,7 +29,8 @@ typedef struct {
   const float* gain;      // [rows][channels] or null (1)
   const float* shift;     // [rows][channels] or null (0)
   int32_t rows;           // 1 or batch; 1 with groups
-  int32_t activation;     // 0 none, 1 SiLU, 2 GELU (tanh)
+  int32_t activation;     // 0 none, 1 SiLU, 2 GELU (tanh), 3 GEGLU: in memory each pixel's channels are followed by a
+                          // gate for each, and become channel * GELU(gate), GELU exact; nothing else is done to them
 } bitstep_prologue;
 
 // What is done to a convolution's output: residual + gain * (y + bias).

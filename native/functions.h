@@ -29,6 +29,14 @@ inline F silu(F x) { return x * logistic(x); }
 // x Phi(x) with the tanh approximation; (1 + tanh(u)) / 2 is the logistic function of 2 u.
 inline F gelu(F x) { return x * logistic(x * (x * x * splat(0.0713548162726f) + 1.5957691216057f)); }
 
+// x Phi(x) within 1e-7 |x|: Phi(-|x|) = erfc(|x| / sqrt(2)) / 2 by Abramowitz and Stegun's 7.1.26.
+inline F exact_gelu(F x) {
+  const F size = max(x, -x), t = reciprocal(1.0f + size * splat(0.2316418940f));
+  F tail = splat(0.5f * 1.061405429f);
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + splat(0.5f * c);
+  return max(x, splat(0.0f)) - size * t * tail * exp(max(x * x * splat(-0.5f), splat(-80.0f)));
+}
+
 }  // namespace
 }  // namespace BITSTEP_CLONE
 }  // namespace bitstep

@@ -10,7 +10,7 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-enum Activation { kNone, kSilu, kGelu };
+enum Activation { kNone, kSilu, kGelu, kGeglu };
 
 // One run of channels on its way to codes; null pointers leave a stage out.
 struct Run {
@@ -36,6 +36,7 @@ void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
     if (run.shift) value += load_some(run.shift + i, lanes);
     if (A == kSilu) value = silu(value);
     if (A == kGelu) value = gelu(value);
+    if (A == kGeglu) value *= exact_gelu(load_some(run.x + count + i, lanes));  // the gates follow
     if (run.channel_reciprocal) value *= load_some(run.channel_reciprocal + i, lanes);
     store_bytes(out + i, code(value), lanes);
   };
@@ -77,7 +78,8 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
   const Border border(map);
   const int64_t channels = map.channels, padded = map.padded_channels, own = channels - map.rest_channels;
   const bool per_channel = LayerNorm || prologue.gain || prologue.shift || step.channel_reciprocal;
-  const bool dense = own == padded && !per_channel && map.repeat == 1;
+  const int64_t in_memory = A == kGeglu ? 2 * own : own;
+  const bool dense = in_memory == padded && !per_channel && map.repeat == 1;
   parallel_for(map.batch * border.height, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t sample = row / border.height, y = row % border.height - map.pad_h;
@@ -91,7 +93,7 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
       const int64_t at_sample = prologue.rows == 1 ? 0 : sample * channels;
       const int64_t at_pixel = (sample * map.height + y) / map.repeat * (map.width / map.repeat);
       Run run{};
-      run.x = x + at_pixel * own;
+      run.x = x + at_pixel * in_memory;
       run.gain = prologue.gain ? prologue.gain + at_sample : nullptr;
       run.shift = prologue.shift ? prologue.shift + at_sample : nullptr;
       run.channel_reciprocal = step.channel_reciprocal;
@@ -100,7 +102,7 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
         continue;
       }
       Run rest = run.from(own, map.rest + at_pixel * map.rest_channels);
-      for (int64_t pixel = 0; pixel < map.width; pixel += map.repeat, run.x += own, rest.x += map.rest_channels) {
+      for (int64_t pixel = 0; pixel < map.width; pixel += map.repeat, run.x += in_memory, rest.x += map.rest_channels) {
         if (LayerNorm) normalize(run, own, rest, map.rest_channels, prologue.eps);
         encode<A, LayerNorm>(code, run, own, out);
         encode<A, LayerNorm>(code, rest, map.rest_channels, out + own);
@@ -116,10 +118,11 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
 
 void quantize(const bitstep_map& map, const bitstep_prologue& prologue, const bitstep_step& step, const float* x,
               uint8_t* codes, int threads) {
-  static constexpr decltype(&quantize_map<kNone, false>) kMaps[3][2] = {
+  static constexpr decltype(&quantize_map<kNone, false>) kMaps[4][2] = {
       {quantize_map<kNone, false>, quantize_map<kNone, true>},
       {quantize_map<kSilu, false>, quantize_map<kSilu, true>},
       {quantize_map<kGelu, false>, quantize_map<kGelu, true>},
+      {quantize_map<kGeglu, false>, quantize_map<kGeglu, false>},
   };
   kMaps[prologue.activation][prologue.normalization](map, prologue, step, x, codes, threads);
 }

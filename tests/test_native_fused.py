@@ -111,6 +111,27 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
         assert steps.mean() < 0.01
 
 
+@pytest.mark.parametrize("channels", [32, 21])
+def test_gated_values_before_codes(channels: int) -> None:
+    case = Case(channels=(channels, channels), kernel=(1, 1), padding=0, weight_bits=2, activation_bits=8, bias=False)
+    tensors = tensors_for(case, exact=True)
+    tensors.weight.codes.copy_(2 + torch.eye(channels)[None])
+    tensors.weight.scale.fill_(1)
+    layer = Convolution(case.problem, tensors)
+    x = torch.randn(2, 5, 3, 2 * channels) * 3
+    x[0, 0, 0, channels:] = torch.linspace(-40, 40, channels)
+    for span in (4.0, 0.01):  # near zero too
+        scale, zero_point = torch.tensor([span / 255]), torch.tensor([128.0])
+        value, gate = x.chunk(2, dim=-1)
+        normal = value * nn.functional.gelu(gate.double()).float()
+        expected = torch.fake_quantize_per_tensor_affine(normal, span / 255, 128, 0, 255)
+        steps = ((layer.convolve(x, scale, zero_point, Before(activation="geglu")) - expected) / scale).round().abs()
+        assert steps.max() <= 1
+        assert steps.mean() < 0.002
+    with pytest.raises(BitstepError, match=f"a layer of {channels} channels.* got {channels // 2} channels"):
+        layer.convolve(x[..., :channels].contiguous(), scale, zero_point, Before(activation="geglu"))
+
+
 @pytest.mark.parametrize("own", [21, 5])
 def test_group_normalization_far_from_zero(own: int) -> None:
     case = Case(channels=(21, 21), kernel=(1, 1), padding=0, weight_bits=2, activation_bits=8, bias=False)

@@ -18,7 +18,7 @@ from bitstep.runtime import native
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
 from bitstep.runtime.reference import in_float
 
-Activation = Literal["none", "silu", "gelu"]
+Activation = Literal["none", "silu", "gelu", "geglu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 _COLUMN = 16
@@ -137,6 +137,8 @@ class Convolution:
         assert zero_point is not None
         native.refuse_tracing()
         batch, height, width, channels = x.shape
+        gated = before is not None and before.activation == "geglu"
+        channels = channels // 2 if gated else channels
         size = self._extent(0, height * repeat), self._extent(1, width * repeat)
         if channels != self.in_channels or min(size) < (1 if x.numel() else 0):
             raise BitstepError(
@@ -151,7 +153,7 @@ class Convolution:
             _require((before.gain, before.shift), (channels,), (1, channels), (batch, channels))
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
         if y.numel():
-            native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=True)
+            native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=not gated)
         return y
 
     def call(
@@ -171,6 +173,7 @@ class Convolution:
         assert lib is not None
         x, rest = x if isinstance(x, tuple) else (x, None)
         batch, height, width, channels = x.shape
+        channels = self.in_channels if rest is None else channels
         rest_channels = 0 if rest is None else rest.shape[-1]
         return partial(
             lib.bitstep_convolution,
@@ -213,6 +216,8 @@ class Before(NamedTuple):
 
     ``eps`` None means no normalization; otherwise it is over each pixel's channels, or over ``groups`` of them.
     gain, shift: contiguous float32 ``[channels]`` or, without groups, ``[batch, channels]``; None for none
+    activation: "gelu" is its tanh approximation; "geglu" takes twice the channels, values and then their gates, of
+        which it makes ``value * gelu(gate)``, gelu exact, and goes with nothing else
     """
 
     eps: float | None = None

@@ -218,8 +218,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             x = self.attn2.attend(x, _layer_norm(self.norm2), context=encoder_hidden_states, residual=x)
         hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, gain, shift)), None
         if isinstance(project, GEGLU):
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.gelu(gate)
+            activate = Before(activation="geglu")
         elif project.approximate == "tanh":
             activate = Before(activation="gelu")
         else:
