@@ -59,7 +59,7 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
     while state.phase < len(phases):
         phase = phases[state.phase]
         for unit in phase.objective.units(context, phase, state.unit):
-            if state.at_once is None:
+            if state.at_once is None:  # before techniques: a warm-up would begin with layers that keep less
                 state.at_once = samples_at_once(unit, phase)
             for technique in phase.techniques:
                 unit = technique.applied(unit, context, phase)
