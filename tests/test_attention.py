@@ -54,8 +54,9 @@ def operands(*shape: int, heads: int = 4, keys: int = 7) -> tuple[Tensor, Tensor
         {"attn_mask": torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(1))},
         {"attn_mask": torch.arange(35).reshape(5, 7) % 3 > 0},
         {"attn_mask": torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(2))},
+        {"attn_mask": torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(3))},
     ],
-    ids=["plain", "scale", "causal", "bias", "mask", "bias of each head"],
+    ids=["plain", "scale", "causal", "bias", "mask", "bias of each head", "bias of each head, no batch"],
 )
 def test_untouched_operands_give_what_torch_gives(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands()

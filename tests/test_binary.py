@@ -23,7 +23,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 def _source(kind: str, weight: Tensor) -> WeightSource:
     if kind == "dense":
         return DenseWeight(weight)
-    lora = MergedLoRA(weight, rank=2)
+    lora = MergedLoRA(weight, 2, torch.Generator().manual_seed(0))
     nn.init.normal_(lora.up, std=0.1)
     return lora
 

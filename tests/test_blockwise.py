@@ -106,7 +106,10 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
             }
         )
 
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "9.bin").write_bytes(b"of the block before")
     rows = Rows(tmp_path / "block", call(range(1)), call(range(2)))
+    assert not (tmp_path / "block" / "9.bin").exists()
     for start in range(0, 6, 2):
         rows.append(call(range(start, start + 2)))
     assert len(rows) == 12

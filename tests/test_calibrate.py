@@ -76,6 +76,11 @@ def test_only_the_denoiser_computes_in_bfloat16(name: str) -> None:
     assert half.batch([2, 3])[0].arguments.keys() == call.arguments.keys()
 
 
+@pytest.mark.parametrize(("name", "unit"), [("ddim", 1000), ("dit", 1000), ("flux", 1)])
+def test_a_single_step_counts_as_any_other(name: str, unit: float) -> None:
+    assert next(stream(source(name), images=1, batch_size=1, steps=1, seed=0)).unit == unit
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_an_image_is_the_same_in_every_batch(name: str) -> None:
     pipeline = build(name)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import bitstep
 from bitstep.checkpoint.config import BitstepConfig
-from bitstep.denoiser.calls import run
-from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
+from bitstep.denoiser.calls import run, sample_name
+from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.errors import BitstepError, UsageError
 from bitstep.recipe import resolve

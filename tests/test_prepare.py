@@ -102,3 +102,21 @@ def test_ranges_do_not_depend_on_how_many_trajectories_run_at_a_time(name: str) 
         torch.testing.assert_close(apart[layer].high, whole.high, rtol=1e-4, atol=1e-4)
         assert bool((apart[layer].values >= apart[layer].low.amin(1, keepdim=True)).all())
         assert float(apart[layer].values.std()) == pytest.approx(float(whole.values.std()), rel=0.2)
+
+
+def test_adapters_start_from_the_seed_and_their_layer_alone() -> None:
+    teacher = source("ddim")
+    pool = next(stream(teacher, images=2, batch_size=2, steps=3, seed=0))
+
+    def starts(seed: int, *overrides: str) -> dict[str, torch.Tensor]:
+        method = resolve("efficientdm", "W4A4", "quick", overrides).method
+        student = prepare(teacher.denoiser, pool, method, weight_bits=4, activation_bits=4, seed=seed)
+        return {name: tensor for name, tensor in student.denoiser.named_parameters() if name.endswith("down")}
+
+    state = torch.get_rng_state()
+    first = starts(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    without = starts(0, "layers.rules=[{match: down_blocks.0.resnets.0.conv1, skip: true}]")
+    assert 0 < len(without) < len(first)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in without.items())
+    assert not any(torch.equal(tensor, first[name]) for name, tensor in starts(1).items())

@@ -29,12 +29,12 @@ def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: best\ncalibration: {images: 8}\n")
     for bits in ("W3A3", "W4A4", "W8A8"):
-        assert resolve("best", bits).method.name == "best"
+        assert resolve("best", bits, "full").method.name == "best"
     for name, some in {"best-binary": ("W1A4", "W1.1A4", "W2A8"), "best-blocks": ("W3A8", "W4A8", "W4A32")}.items():
         for bits in some:
-            wins = resolve(name, bits)
-            assert resolve("best", bits) == wins
-            assert resolve(path, bits).method.weights == wins.method.weights
+            wins = resolve(name, bits, "full")
+            assert resolve("best", bits, "full") == wins
+            assert resolve(path, bits, "full").method.weights == wins.method.weights
     assert resolve("best", "W4A8", "quick").method.name == "best"  # no time for every block
     assert resolve("best", "W2A8", "quick").method.name == "best-binary"
 
@@ -53,7 +53,7 @@ def test_a_file_mixes_slots(tmp_path: Path) -> None:
         "base: efficientdm\nweights: {rank: 4, symmetric: false}\n"
         "layers: {coverage: efficientdm, rules: [{match: '*.to_out.0', weight_bits: 8}]}\n"
     )
-    method = resolve(path, "W4A4").method
+    method = resolve(path, "W4A4", "full").method
     assert method.name == "mine"
     assert method.weights == UniformWeights(rank=4, symmetric=False)
     assert method.training == METHODS["efficientdm"].training
@@ -94,7 +94,7 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
     path = tmp_path / "mine.yaml"
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=message) as caught:
-        resolve(path, "W4A4")
+        resolve(path, "W4A4", "full")
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitstep import library
 from bitstep.numerics import rows
-from bitstep.numerics.uniform import fake_quantize
+from bitstep.numerics.uniform import fake_quantize, rounded
 
 pytestmark = pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
 
@@ -89,6 +89,11 @@ def test_sums_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_scale_along_the_last_dimension_is_none_of_rows() -> None:
+    x, scale, zero_point = torch.randn(4, 4), torch.tensor([0.1, 0.2, 0.4, 0.8]), torch.full((4,), 8.0)
+    assert torch.equal(fake_quantize(x, scale, zero_point, 4), rounded(x, scale, zero_point, 4))
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,49 @@ def test_only_what_bitstep_wrote_is_overwritten(teacher: str, tmp_path: Path, mo
     assert (tmp_path / "precious" / "text").read_text() == "mine"
 
 
+def test_overwriting_spares_the_recipe_and_the_prompts(teacher: str, tmp_path: Path) -> None:
+    out = run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    (out / "mine.yaml").write_text("base: mse")
+    (out / "prompts.txt").write_text("a red apple")
+    given = tiny("minmax")
+    with pytest.raises(UsageError, match=r"it holds .*mine\.yaml"):
+        run.quantize(teacher, out=out, overwrite=True, **{**given, "recipe": out / "mine.yaml"})
+    with pytest.raises(UsageError, match=r"it holds .*prompts\.txt"):
+        run.quantize(teacher, out=out, overwrite=True, prompts=out / "prompts.txt", **given)
+    assert (out / "mine.yaml").read_text() == "base: mse"
+
+
+@pytest.mark.parametrize("left", ["", "run.json"])
+def test_a_run_killed_while_it_cleared_up_is_finished(
+    left: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(work: RunFolder) -> None:
+        for name in {RUN, "loss.csv"} - {left}:
+            (work.path / name).unlink(missing_ok=True)
+        work.lock.release()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "leave", killed)
+        run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    assert (tmp_path / "out.partial" / "pool").exists()
+    before = (tmp_path / "out" / "run" / RUN).stat().st_ino
+    run.quantize(teacher, out=tmp_path / "out", resume=True, **tiny("minmax"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "run" / RUN).stat().st_ino == before
+
+
+def test_a_folder_claimed_since_is_left_alone(tmp_path: Path) -> None:
+    claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
+    first = claim()
+    assert first is not None
+    first.publish(Path.mkdir, {})
+    first.leave()
+    second = claim()
+    assert second is not None
+    assert second.path.exists()
+    second.leave()
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
     for _ in range(2):

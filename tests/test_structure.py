@@ -161,13 +161,15 @@ class _Normalized(nn.Module):
         y = self.one(tokens) * self.two(tokens)
         if self.also == "residual":
             y = y + tokens
+        if self.also == "concatenated":
+            y = torch.cat([y, tokens], 1)
         if self.also == "twice":
             y = self.one(y)
         assert isinstance(y, Tensor)
         return y
 
 
-@pytest.mark.parametrize("also", ["", "residual", "mixed", "twice"])
+@pytest.mark.parametrize("also", ["", "residual", "concatenated", "mixed", "twice"])
 def test_a_norm_belongs_to_layers_when_nothing_else_reads_it(also: str) -> None:
     torch.manual_seed(0)
     call = Call({"sample": torch.randn(2, 8, 8), "timestep": torch.tensor([10.0, 500.0])})

@@ -36,7 +36,7 @@ class Recipe(BaseModel, frozen=True):
     method: Method
 
 
-def resolve(recipe: str | Path, bits: str, effort: Effort = "full", overrides: Iterable[str] = ()) -> Recipe:
+def resolve(recipe: str | Path, bits: str, effort: Effort, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a method's name or a YAML file, with the effort's settings and ``slot.key=value`` overrides.
 
     Raises UsageError naming what is unknown, with the nearest valid name.

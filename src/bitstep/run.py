@@ -77,7 +77,7 @@ def quantize(
         "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
-    keep = [Path(path) for path in (source, data) if path is not None]
+    keep = [Path(path) for path in (source, recipe, data, prompts) if path is not None and Path(path).exists()]
     work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
         return out
@@ -90,7 +90,6 @@ def quantize(
         check_rules(loaded.denoiser, resolved.method.layers.rules)
         loaded.denoiser.requires_grad_(False).eval()
         images = None if data is None else _read_images(Path(data), loaded, texts)
-        torch.manual_seed(seed)
         student = _fit(loaded, resolved, work, seed, texts, images, report)
         _pack(loaded, student, resolved, work, report)
     except torch.OutOfMemoryError as error:
@@ -137,7 +136,7 @@ def _fit(
         importance = found**emphasis
     with report.bar("calibrate activation ranges") as update:
         widths: dict[str, Any] = {"weight_bits": recipe.weight_bits, "activation_bits": recipe.activation_bits}
-        student = prepare(source.denoiser, pool, method, importance=importance, progress=update, **widths)
+        student = prepare(source.denoiser, pool, method, seed=seed, importance=importance, progress=update, **widths)
 
     if method.training:
         context = student.context(source.denoiser, pool, work.path, seed, images=images, sensitivity=found)

@@ -4,6 +4,7 @@ OUT.partial/           while the run is under way
     lock               held by the process that runs
     run.json           source, seed, resolved recipe, library versions: what a resumed run must agree with
     pool/              recorded full-precision trajectories
+    block/             inputs and outputs of the block that is being distilled
     sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
     state.safetensors  trained tensors and optimizer moments (the position in its metadata)
     loss.csv           the loss curve
@@ -17,6 +18,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +37,7 @@ from bitstep.methods.base import Context
 from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments, trained_tensors
 from bitstep.trajectories.pool import INDEX
 
-LOCK, RUN, STATE, LOSS, PLAN = "lock", "run.json", "state.safetensors", "loss.csv", "plan.json"
+LOCK, RUN, POOL, STATE, LOSS, PLAN = "lock", "run.json", "pool", "state.safetensors", "loss.csv", "plan.json"
 
 Loss = tuple[int, int, int, float]
 """Phase, unit, iteration, loss."""
@@ -61,14 +63,16 @@ class RunFolder:
         out = out.resolve()
         path = out.parent / f"{out.name}.partial"
         identity = json.loads(json.dumps(identity))
-        if resume and not path.exists() and _read_identity(out / "run" / RUN) == identity:
+        if _holds(path) - {LOCK}:
+            _check_replaceable(path, [path / RUN, path / LOCK], keep)
+        if resume and not _recorded(path) and _read_identity(out / "run" / RUN) == identity:
+            if path.exists():  # the run was killed while it cleared up
+                cls(path, out, _locked(path)).leave()
             return None
         if _holds(out):
             if not overwrite:
                 raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
-            _check_replaceable(out, out / "run" / RUN, keep)
-        if _holds(path) - {LOCK}:
-            _check_replaceable(path, path / RUN, keep)
+            _check_replaceable(out, [out / "run" / RUN], keep)
         work = cls(path, out, _locked(path))
         try:
             work._begin(identity, resume=resume, overwrite=overwrite)
@@ -78,7 +82,7 @@ class RunFolder:
         return work
 
     def _begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        if self._has_records():
+        if _recorded(self.path):
             if not (resume or overwrite):
                 raise UsageError(
                     f"{self.path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
@@ -90,19 +94,19 @@ class RunFolder:
             if resume:
                 return
         try:
-            for name in _holds(self.path) - {LOCK}:
-                entry = self.path / name
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._clear()
             _write_json(self.path / RUN, {**identity, "versions": _versions()})
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
-    def _has_records(self) -> bool:
-        return (self.pool / INDEX).exists()
+    def _clear(self) -> None:
+        for name in _holds(self.path) - {LOCK}:
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @property
     def pool(self) -> Path:
-        return self.path / "pool"
+        return self.path / POOL
 
     def once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
         """``find()``, or what it found before the run was interrupted."""
@@ -161,13 +165,21 @@ class RunFolder:
         if self.out.exists():
             self.out.rename(self.path / "replaced")
         folder.rename(self.out)
-        shutil.rmtree(self.path)
+        (self.pool / INDEX).unlink(missing_ok=True)  # there is nothing to go on with
 
     def leave(self) -> None:
-        """Let go of the folder, and remove it where nothing was recorded: there is nothing to go on with."""
-        if not self._has_records():
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Let go of the folder, and remove it where there is nothing recorded to go on with; the lock goes last."""
+        if not _recorded(self.path):
+            with suppress(OSError):
+                self._clear()
+                (self.path / LOCK).unlink()
+                self.path.rmdir()  # (whoever claims it meanwhile has put a lock of his own into it)
         self.lock.release()
+
+
+def _recorded(folder: Path) -> bool:
+    """Whether an unfinished run in ``folder`` has recorded anything to go on with."""
+    return (folder / POOL / INDEX).exists()
 
 
 def _holds(folder: Path) -> set[str]:
@@ -177,12 +189,12 @@ def _holds(folder: Path) -> set[str]:
     return {folder.name} if folder.exists() else set()
 
 
-def _check_replaceable(folder: Path, mark: Path, keep: Sequence[Path]) -> None:
-    """Raise UsageError unless ``folder`` may be deleted: it has bitstep's ``mark`` and holds nothing to ``keep``."""
+def _check_replaceable(folder: Path, marks: Sequence[Path], keep: Sequence[Path]) -> None:
+    """Raise UsageError unless ``folder`` may be deleted: it has a mark of bitstep's and holds nothing to ``keep``."""
     for kept in keep:
         if kept.resolve().is_relative_to(folder):
             raise UsageError(f"{folder} cannot be replaced, it holds {kept} that is to be read: choose another folder")
-    if not mark.is_file():
+    if not any(mark.is_file() for mark in marks):
         raise UsageError(f"{folder} was not written by bitstep: choose another folder, or remove this one yourself")
 
 

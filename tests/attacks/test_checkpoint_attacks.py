@@ -141,6 +141,8 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "one asymmetric bit": (lambda c: c["layers"]["conv_in"].update(weight_bits=1), "one bit are symmetric"),
     "huge macs": (lambda c: c["macs"].update(total=10**400), "macs.total"),
     "negative macs": (lambda c: c["macs"].update(quantized=-1), "macs.quantized"),
+    "no macs": (lambda c: c["macs"].update(total=0), "macs.total: Input should be greater than 0"),
+    "macs of no layer": (lambda c: c["macs"].update(total=10**6, quantized=10**6), "its layers have"),
     "no keys": (lambda c: c["step_grid"].update(keys=[]), "at least one key"),
     "keys out of order": (lambda c: c["step_grid"].update(keys=[0.1, 0.3, 0.2, 0.4]), "strictly ascending"),
     "key that is no number": (lambda c: c["step_grid"].update(keys=[0.1, float("nan")]), "finite number"),

@@ -76,7 +76,7 @@ class AttentionEntry(_Strict):
 class Macs(_Strict):
     """Multiply-accumulates of one forward pass at batch 1: all, and those that run quantized."""
 
-    total: int = Field(ge=0, lt=2**63)
+    total: int = Field(gt=0, lt=2**63)
     quantized: int = Field(ge=0, lt=2**63)
 
 
@@ -100,6 +100,11 @@ class Manifest(_Strict):
         for name, entry in (self.layers | self.attention).items():
             if entry.steps not in rows:
                 raise ValueError(f"{name!r} has {entry.steps} steps, the step grid allows {sorted(rows)}")
+        quantized = sum(entry.macs for entry in (self.layers | self.attention).values())
+        if not quantized == self.macs.quantized <= self.macs.total:
+            raise ValueError(
+                f"macs say that {self.macs.quantized} of {self.macs.total} are quantized, its layers have {quantized}"
+            )
         if self.preconditioned and self.step_grid is None:
             raise ValueError("a preconditioned output needs a step grid")
         return self

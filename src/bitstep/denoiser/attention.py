@@ -42,7 +42,7 @@ def attend(
     """``scaled_dot_product_attention`` of transformed operands, as plain matrix products.
 
     Without gradients it goes by a few heads at a time where the probabilities of all would take too much memory
-    (``TOGETHER``); ``transform`` then meets them in pieces ``[batch, some heads, queries, keys]``.
+    (``TOGETHER``), one at least; ``transform`` then meets them in pieces ``[batch, some heads, queries, keys]``.
     """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
@@ -55,9 +55,9 @@ def attend(
     together = heads if torch.is_grad_enabled() else max(1, heads * TOGETHER // max(probabilities, 1))
     if together >= heads:
         return compute(query, key, value, attn_mask)
-    masks: Iterable[Tensor | None] = repeat(attn_mask)
-    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:  # one for each head
-        masks = attn_mask.split(together, 1)
+    masks: Iterable[Tensor | None] = repeat(None)
+    if attn_mask is not None:
+        masks = attn_mask.expand(*query.shape[:-1], key.shape[-2]).split(together, 1)
     queries, keys, values = (operand.split(together, 1) for operand in (query, key, value))
     return torch.cat([compute(*piece) for piece in zip(queries, keys, values, masks, strict=False)], 1)
 

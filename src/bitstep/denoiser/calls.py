@@ -68,6 +68,11 @@ def timestep_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     return torch.as_tensor(arguments[timestep_name(arguments)])
 
 
+def sample_name(denoiser: nn.Module) -> str:
+    """Which of a denoiser's arguments is the noisy sample: its first."""
+    return next(iter(inspect.signature(denoiser.forward).parameters))
+
+
 def timestep_name(arguments: Mapping[str, Any]) -> str:
     """Which of a denoiser's arguments is its timestep."""
     name = next((name for name in TIMESTEP_NAMES if name in arguments), None)

@@ -12,13 +12,13 @@ this form; here it is fitted to a model that was trained without it, whatever it
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from bitstep.denoiser.calls import sample_name
 from bitstep.denoiser.steps import StepCursor, interpolate, per_sample
 from bitstep.numerics.packing import keeping_dtype
 
@@ -59,11 +59,6 @@ class Preconditioning(nn.Module):
         position = self.cursor.position.to(output.device)
         out, skip = (per_sample(interpolate(table, position), output) for table in (self.out, self.skip))
         output.mul_(out).add_((skip * sample).to(output.dtype))
-
-
-def sample_name(denoiser: nn.Module) -> str:
-    """The argument of ``denoiser`` that is the noisy sample: its first."""
-    return next(iter(inspect.signature(denoiser.forward).parameters))
 
 
 def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ follows from what was executed when, and from whether its input changes with the
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,9 +18,10 @@ from diffusers.models.downsampling import Downsample1D, Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.calls import Call, run, sample_name, timestep_name
 from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, weight_of
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -144,7 +144,7 @@ def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
         for path, module in denoiser.named_modules()
         if isinstance(module, nn.ModuleList)
         for child, element in module.named_children()
-        if any("Norm" in type(part).__name__ for part in element.modules())
+        if any(isinstance(part, NORMS) for part in element.modules())
     }
     candidates = {path: layers for path, layers in elements.items() if len(layers) >= 2}
     innermost = {
@@ -229,7 +229,7 @@ class _Observation(TorchFunctionMode):
             # every query meets every key (of the query's width) and every value (of its own)
             self.attention[self._running[-1]] += query[:-1].numel() * key[-2] * (query[-1] + value[-1])
         result = function(*args, **kwargs)
-        for _, norm in [self._normalized[id(x)] for x in (*args, *kwargs.values()) if id(x) in self._normalized]:
+        for _, norm in [self._normalized[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self._normalized]:
             if function in _RESHAPING:
                 self._normalized[id(result)] = result, norm
             elif function.__name__ != "__get__":  # attributes
@@ -303,13 +303,15 @@ def _layer_info(
 
 
 def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:
-    """``call`` with another sample (a denoiser's first argument), and with other timesteps within the schedule."""
-    first = next(iter(inspect.signature(denoiser.forward).parameters))
-    sample, timestep = call.arguments[first], call.timestep
+    """``call`` with another sample, and with other timesteps within the schedule."""
+    name, timestep = sample_name(denoiser), call.timestep
+    sample = call.arguments[name]
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
     halved = torch.where(timestep > 0, timestep / 2, 1).to(timestep)
-    name = next(name for name, value in call.arguments.items() if value is timestep)
-    return Call({**call.arguments, first: sample + noise}), Call({**call.arguments, name: halved})
+    return (
+        Call({**call.arguments, name: sample + noise}),
+        Call({**call.arguments, timestep_name(call.arguments): halved}),
+    )
 
 
 def _left_alone(denoiser: nn.Module, executed: Container[str]) -> dict[str, str]:

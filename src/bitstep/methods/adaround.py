@@ -41,7 +41,7 @@ class AdaRoundWeights(Weights):
     def layer_bits(self, bits: float) -> int:
         return UniformWeights().layer_bits(bits)
 
-    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
+    def build(self, weight: Tensor, layer: LayerPlan, seed: int = 0) -> WeightQuantizer:
         return AdaRoundWeight(DenseWeight(weight), layer.weight_bits, method=self.range)
 
 

@@ -27,6 +27,7 @@ from bitstep.numerics.uniform import RangeMethod
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
+from bitstep.randomness import generator
 from bitstep.slots import Slot, Variant
 from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
 from bitstep.trajectories.images import TrainingImages
@@ -60,7 +61,7 @@ class Weights(Variant):
         return plan
 
     @abstractmethod
-    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
+    def build(self, weight: Tensor, layer: LayerPlan, seed: int = 0) -> WeightQuantizer:
         """The quantizer of one layer's weight ``[out, in, *kernel]``, its range initialised from the weight."""
 
 
@@ -95,8 +96,10 @@ class UniformWeights(Weights):
             raise ValueError(f"uniform weights take 2 to 8 whole bits (1 to 2: recipe best), got {bits:g}")
         return int(bits)
 
-    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
-        source: WeightSource = MergedLoRA(weight, self.rank) if self.rank else DenseWeight(weight)
+    def build(self, weight: Tensor, layer: LayerPlan, seed: int = 0) -> WeightQuantizer:
+        source: WeightSource = DenseWeight(weight)
+        if self.rank:
+            source = MergedLoRA(weight, self.rank, generator(seed, layer.name, 0))
         return UniformWeight(source, layer.weight_bits, symmetric=self.symmetric, method=self.range)
 
 
@@ -190,8 +193,18 @@ class LearningRates(Slot):
     activation_zero_point: NonNegativeFloat = 0.0
 
 
+class _Trained:
+    layers: Mapping[str, FakeQuantized]
+    attention: Mapping[str, AttentionQuantizer]
+
+    @property
+    def trained(self) -> Mapping[str, nn.Module]:
+        """All modules with parameters to train."""
+        return {**self.layers, **self.attention}
+
+
 @dataclass(frozen=True)
-class Context:
+class Context(_Trained):
     """What an objective sees: the two denoisers, the recorded calls, and a folder for what it must keep on disk.
 
     ``images`` are the training images that the user gave, if any. ``layers`` and ``attention`` are what is trained, by
@@ -210,11 +223,6 @@ class Context:
     images: TrainingImages | None = None
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
     sensitivity: Tensor | None = None
-
-    @property
-    def trained(self) -> Mapping[str, nn.Module]:
-        """All modules with parameters to train."""
-        return {**self.layers, **self.attention}
 
     def blocks(self) -> list[Block]:
         """The denoiser's blocks with layers to train, in execution order."""
@@ -259,18 +267,13 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
-class Unit:
+class Unit(_Trained):
     """A part of the student trained on its own: its layers and attention, and its loss."""
 
     name: str
     layers: Mapping[str, FakeQuantized]
     loss: Loss
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
-
-    @property
-    def trained(self) -> Mapping[str, nn.Module]:
-        """All modules with parameters to train."""
-        return {**self.layers, **self.attention}
 
     def weight_quantizers(self, kind: type[Quantizer]) -> list[Quantizer]:
         """Those of this kind among its layers'."""

@@ -92,7 +92,7 @@ class BinaryWeights(Weights):
         }
         return add_bits(plan, bits, choices, errors(choices))
 
-    def build(self, weight: Tensor, layer: LayerPlan) -> WeightQuantizer:
+    def build(self, weight: Tensor, layer: LayerPlan, seed: int = 0) -> WeightQuantizer:
         if layer.weight_bits > 1:
             return UniformWeights().build(weight, layer)
         return BinaryWeight(DenseWeight(weight), layer.bases)

@@ -35,16 +35,14 @@ from bitstep.numerics.dilation import dilation, range_aware
 class Dilation(Rewrite):
     """Weight dilation by the paper's rule.
 
-    symmetric: by the rule for weight ranges symmetric around zero, which leaves more room
     range_aware: stretch no channel further than the range of the input can follow
     """
 
     kind: Literal["dilation"] = "dilation"
-    symmetric: bool = False
     range_aware: bool = False
 
     def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
-        scale = dilation(weight, groups, symmetric=self.symmetric)
+        scale = dilation(weight, groups)
         return range_aware(scale, channel_range) if self.range_aware else scale
 
 

@@ -38,23 +38,17 @@ class StretchStatistics:
     range_shrink: float
 
 
-def dilation(weight: Tensor, groups: int = 1, *, symmetric: bool = False, cap: float = CAP) -> Tensor:
-    """The largest s, float32 ``[in]``, 1 <= s <= ``cap``, that widens the range of no output channel of ``weight``.
+def dilation(weight: Tensor, groups: int = 1) -> Tensor:
+    """The largest s, float32 ``[in]``, 1 <= s <= ``CAP``, that widens the range of no output channel of ``weight``.
 
-    weight: ``[out, in / groups, *kernel]``. With hi_o and lo_o the ends of the range of output channel o,
+    weight: ``[out, in / groups, *kernel]``. With hi_o and lo_o the largest and the smallest weight of output channel o,
 
         s_k = min over o and the kernel of  hi_o / w  where w > 0,  lo_o / w  where w < 0
-
-    The paper's rule takes the largest and the smallest weight for them; a ``symmetric`` range ends at plus and minus
-    the largest magnitude, which leaves more room.
     """
     w = weight.detach().float().reshape(groups, len(weight) // groups, weight.shape[1], -1)
     high, low = w.amax((2, 3), keepdim=True), w.amin((2, 3), keepdim=True)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
     room = torch.where(w > 0, high / w, low / w)
-    return room.masked_fill_(w == 0, torch.inf).amin((1, 3)).flatten().clamp(1, cap)
+    return room.masked_fill_(w == 0, torch.inf).amin((1, 3)).flatten().clamp(1, CAP)
 
 
 def range_aware(scale: Tensor, channel_range: Tensor) -> Tensor:

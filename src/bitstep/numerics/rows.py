@@ -40,7 +40,8 @@ def _kernels() -> ctypes.CDLL | None:
 
 def in_rows(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
     """Whether the native library is there and can work on these: float32 on the CPU, each row dense in memory."""
-    if scale.shape != zero_point.shape or not (scale.numel() == 1 or scale.numel() == len(scale) == len(x)):
+    by_row = scale.ndim == x.ndim and scale.numel() == len(scale) == len(x)
+    if scale.shape != zero_point.shape or not (scale.numel() == 1 or by_row):
         return False
     if not all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (x, scale, zero_point)):
         return False

@@ -30,7 +30,7 @@ def levels(bits: int) -> int:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Codes of ``x`` as uint8; ``scale`` and ``zero_point`` (integer-valued) broadcast against ``x``."""
-    return _codes(x, scale, zero_point, bits).to(torch.uint8)
+    return (x * scale.reciprocal()).round_().add_(zero_point).clamp_(0, levels(bits) - 1).to(torch.uint8)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -56,10 +56,6 @@ def round_zero_point(zero_point: Tensor, bits: int) -> Tensor:
     """Nearest integer in [0, N-1] with a straight-through gradient, so that zero stays exactly representable."""
     clamped = zero_point.clamp(0, levels(bits) - 1)
     return clamped + (clamped.round() - clamped).detach()
-
-
-def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    return (x * scale.reciprocal()).round_().add_(zero_point).clamp_(0, levels(bits) - 1)
 
 
 class _FakeQuantize(torch.autograd.Function):

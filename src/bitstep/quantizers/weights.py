@@ -43,17 +43,17 @@ class MergedLoRA(WeightSource):
     ``W = W0 + up @ down``; both factors (role ``adapter``) see the quantizer's rounding, and nothing of them is left
     at inference. (peft's ``use_qalora`` is another thing: QA-LoRA, arXiv 2309.14717, pools the adapter's input by
     quantization group so that the delta can be absorbed in the zero points.) There is no alpha/rank factor. ``down``
-    starts Kaiming-uniform and ``up`` zero, so that training starts from W0.
+    starts Kaiming-uniform, drawn on the CPU, and ``up`` zero, so that training starts from W0.
     """
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int, random: torch.Generator) -> None:
         super().__init__()
         weight = weight.detach()
         rank = min(rank, len(weight), weight[0].numel())
         self.register_buffer("weight", weight.clone())
-        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], dtype=weight.dtype, device=weight.device))
+        start = nn.init.kaiming_uniform_(torch.empty(rank, *weight.shape[1:]), a=math.sqrt(5), generator=random)
+        self.down = nn.Parameter(start.to(weight))
         self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self) -> Tensor:
         return self.weight + merged_delta(self.down, self.up)

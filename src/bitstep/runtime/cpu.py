@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
-from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem
+from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
 from bitstep.runtime.reference import in_float
 
 Activation = Literal["none", "silu", "gelu", "geglu"]
@@ -23,7 +23,6 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 _COLUMN = 16
 _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
-_LONGEST_ROW = (2**31 - 1) // (255 * 128)  # products that a 32-bit sum holds
 
 
 class CpuKernel(Kernel):
@@ -46,11 +45,7 @@ class CpuKernel(Kernel):
             return wrong
         if problem.groups != 1:
             wrong.append("grouped convolution")
-        if problem.weight_bits == 8 and not problem.symmetric:
-            wrong.append("8-bit weights with a zero point other than 128")
-        if problem.in_channels * prod(problem.kernel_size) > _LONGEST_ROW:
-            wrong.append(f"more than {_LONGEST_ROW} weights an output channel")
-        return wrong
+        return wrong + beyond_bytes(problem)
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         if problem.activation_bits is None:
@@ -138,6 +133,8 @@ class Convolution:
         native.refuse_tracing()
         batch, height, width, channels = x.shape
         gated = before is not None and before.activation == "geglu"
+        if gated and before != Before(activation="geglu"):
+            raise BitstepError(f"a gated input goes with nothing else before the product, got {before}")
         channels = channels // 2 if gated else channels
         size = self._extent(0, height * repeat), self._extent(1, width * repeat)
         if channels != self.in_channels or min(size) < (1 if x.numel() else 0):

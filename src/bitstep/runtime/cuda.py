@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bitstep.errors import first_line
 from bitstep.numerics.packing import QuantizedWeight, pack, unpack
 from bitstep.numerics.uniform import levels
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
@@ -232,8 +233,7 @@ def programs_fault() -> str | None:
     try:
         wrong = trial_error("cuda")
     except Exception as error:  # whatever a compiler may raise
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"Triton's programs do not run here ({why})"
+        return f"Triton's programs do not run here ({first_line(error)})"
     return None if wrong < 1e-4 else f"Triton's programs compute wrong results here (relative error {wrong:.1e})"
 
 

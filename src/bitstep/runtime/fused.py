@@ -29,8 +29,8 @@ from bitstep.runtime.cpu import Activation, Before, Convolution
 from bitstep.runtime.layers import PackedModule
 
 
-def fuse(model: nn.Module) -> list[str]:
-    """Fuse every block of ``model`` that is recognised; the names of all fused blocks, in the model's order.
+def fuse(model: nn.Module) -> None:
+    """Fuse every block of ``model`` that is recognised.
 
     Call it once the kernels are chosen: a block is fused when the native library runs all of its packed layers.
     """
@@ -38,7 +38,6 @@ def fuse(model: nn.Module) -> list[str]:
         for kind in _FUSED:
             if type(block) is kind.__base__ and kind.recognises(block):
                 block.__class__ = kind
-    return fused_blocks(model)
 
 
 def fused_blocks(model: nn.Module) -> list[str]:

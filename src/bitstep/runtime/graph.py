@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bitstep.errors import first_line
 from bitstep.runtime.tape import copy, distinct, listen, tensors_of
 
 
@@ -30,8 +31,7 @@ def record(function: Callable[..., Any], *args: Any) -> tuple[Any, Graph | None,
     try:
         return result, Graph(function, args, list(recorder.constants.values())), None
     except Exception as error:  # whatever a driver, a library or a compiler may raise
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        return result, None, f"it cannot be captured ({why})"
+        return result, None, f"it cannot be captured ({first_line(error)})"
 
 
 class Graph:

@@ -71,7 +71,7 @@ def check_features(network: nn.Module, images: Tensor) -> None:
     try:
         features = extract(network, images, 1)
     except Exception as error:  # TorchScript ends a long message with what went wrong
-        *_, reason = str(error).strip().splitlines()
+        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BitstepError(f"the feature network fails on images {list(images.shape)}: {reason}") from error
     if features.ndim != 2:
         found, given = list(features.shape), list(images.shape)

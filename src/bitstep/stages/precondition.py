@@ -9,8 +9,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import run
-from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, sample_name, shared
+from bitstep.denoiser.calls import run, sample_name
+from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, generate_batch, latent_type

@@ -71,6 +71,7 @@ def prepare(
     *,
     weight_bits: float,
     activation_bits: int,
+    seed: int = 0,
     importance: Tensor | None = None,
     progress: Progress = silent,
 ) -> Student:
@@ -92,7 +93,8 @@ def prepare(
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
     student = copy.deepcopy(teacher)
-    builder = _Builder(method, cursor, observed, stretches, {name for names in folded.values() for name in names})
+    inside = {name for names in folded.values() for name in names}
+    builder = _Builder(method, seed, cursor, observed, stretches, inside)
     layers = operate(student, decided, builder.layer)
     for norm, readers in folded.items():
         fold(student.get_submodule(norm), stretches[readers[0]])
@@ -149,6 +151,7 @@ class _Builder:
     """
 
     method: Method
+    seed: int
     cursor: StepCursor
     observed: Mapping[str, Observed]
     stretches: Mapping[str, Tensor]
@@ -166,7 +169,7 @@ class _Builder:
             input_quantizer = self._quantizer(seen, plan.activation_bits)
         # what is not trained needs no adapters, and no rounding to be learned
         weights = self.method.weights if plan.trained or plan.weight_bits == 1 else UniformWeights()
-        quantized = FakeQuantized(module, weights.build(weight, plan), input_quantizer, reciprocal)
+        quantized = FakeQuantized(module, weights.build(weight, plan, self.seed), input_quantizer, reciprocal)
         return quantized.to(module.weight.device)
 
     def attention(self, plan: AttentionPlan) -> AttentionQuantizer:

@@ -68,7 +68,9 @@ def save(images: Tensor, path: Path) -> None:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether :func:`read` would find images there: an ``.npz`` file, or a folder with pictures."""
+    """Whether :func:`read` would find images there: an ``.npz`` file, or a folder of pictures that is no pipeline."""
+    if any((path / name).exists() for name in ("model_index.json", "config.json")):
+        return False
     return path.suffix == ".npz" or (path.is_dir() and bool(_pictures(path)))
 
 

@@ -54,18 +54,24 @@ def weight_errors(
 def _probed(
     denoiser: nn.Module, pool: Pool, weights: Sequence[Tensor], importance: Tensor, probe: int
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``<v, f>`` over a batch that mixes timesteps, scaled to a mean over samples and values."""
+    """Gradients of ``<v, f>`` over samples of all timesteps, scaled to a mean over samples and values; they are taken
+    one by one, so that memory holds what one of them keeps."""
     indices = draw(len(pool), min(SAMPLES, len(pool)), 0, "probes", probe)
-    call, _ = pool.batch(indices)
+    random = generator(0, "direction", probe)
+    total = [torch.zeros_like(weight) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        with torch.enable_grad():
-            output = pool.guided(run(denoiser, call.to(weights[0].device)).float())
-            direction = torch.randn(output.shape, generator=generator(0, "direction", probe)).to(output.device)
-            counts = (importance[pool.step_of[indices]] / output.numel()).sqrt().to(output)
-            weighted = output.flatten(1) * direction.flatten(1) * counts[:, None]
-            return torch.autograd.grad(weighted.sum(), list(weights))
+        for index in indices:
+            call, _ = pool.batch(index[None])
+            with torch.enable_grad():
+                output = pool.guided(run(denoiser, call.to(weights[0].device)).float())
+                direction = torch.randn(output.shape, generator=random).to(output.device)
+                count = (importance[pool.step_of[index]] / output.numel() / len(indices)).sqrt()
+                gradients = torch.autograd.grad((output * direction).sum() * count.to(output), list(weights))
+            for gathered, gradient in zip(total, gradients, strict=True):
+                gathered += gradient
     finally:
         for weight in weights:
             weight.requires_grad_(False)
+    return tuple(total)

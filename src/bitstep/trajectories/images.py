@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from bitstep.denoiser.calls import Call
+from bitstep.denoiser.calls import Call, timestep_name
 from bitstep.errors import BitstepError
 
 
@@ -65,7 +65,7 @@ class TrainingImages:
 def unconditional(call: Call) -> tuple[str, str]:
     """Names of the sample and of the timestep, the only tensors of an unconditional denoiser's call."""
     tensors = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
-    timestep = next(name for name in tensors if call.arguments[name] is call.timestep)
+    timestep = timestep_name(call.arguments)
     if len(tensors) != 2:
         others = ", ".join(name for name in tensors if name != timestep)
         raise BitstepError(f"images alone cannot train a conditional denoiser (it takes {others}): leave --data out")

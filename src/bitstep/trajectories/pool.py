@@ -55,7 +55,8 @@ class Pool:
         self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
         self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
         # (EDM's timesteps are logarithms of noise levels, from below 0 to above 1)
-        counted = self.timesteps[0] >= 0 and self.timesteps[-1] > 1
+        whole = not shards[0].timesteps.is_floating_point()
+        counted = whole or (self.timesteps[0] >= 0 and self.timesteps[-1] > 1)
         self.unit = float(train_timesteps) if counted else 1.0
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -13,15 +14,16 @@ from bitstep.denoiser.calls import Call
 
 
 class Rows:
-    """Recorded calls on disk, a file per tensor, read row by row at random places: plain reads, since the pages of a
-    memory-mapped file would add up to all of it.
+    """Recorded calls in a folder of their own, a file per tensor, read row by row at random places: plain reads, since
+    the pages of a memory-mapped file would add up to all of it.
 
     ``one`` and ``two`` are calls with one and with two samples: a tensor whose first dimension they share has no batch
     dimension, and is kept in memory as it is.
     """
 
     def __init__(self, folder: Path, one: Call, two: Call) -> None:
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         self._one = one
         self._files: dict[str, _RowFile] = {}
         small, large = one.tensors, two.tensors
