@@ -175,7 +175,7 @@ def with_attention(**change: Any) -> UNet2DModel:
     part = PackedOperands(tables | change, 4, 8, macs=10)
     layers = {"conv_in": random_layer(source.conv_in, 4, 4)}
     return pack_model(
-        source, layers, grid=GRID, modules_to_not_convert={}, total_macs=100, recipe={}, attention={SITE: part}
+        source, layers, grid=GRID, modules_to_not_convert={}, total_macs=10**6, recipe={}, attention={SITE: part}
     )
 
 

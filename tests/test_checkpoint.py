@@ -235,7 +235,7 @@ def test_layers_that_do_not_fit_are_refused() -> None:
     source, layer = unet(), random_layer(nn.Conv2d(3, 20, 3))
 
     def pack(layers: dict[str, PackedLayer]) -> None:
-        pack_model(source, layers, grid=None, modules_to_not_convert={}, total_macs=0, recipe={})
+        pack_model(source, layers, grid=None, modules_to_not_convert={}, total_macs=10**6, recipe={})
 
     with pytest.raises(BitstepError, match="'conv_first' which UNet2DModel does not have"):
         pack({"conv_first": layer})
