@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, run
@@ -32,15 +32,25 @@ class BlockwiseDistillation(Objective):
 
     samples: recorded calls, over all timesteps, that the blocks are fitted to. A block that runs several times in one
     forward pass is fitted to the first.
+    full_resolution: only the blocks that see as many positions as any
+    leave: so many last blocks, which another phase trains
     """
 
     whole: ClassVar[bool] = False
     kind: Literal["blockwise"] = "blockwise"
     samples: PositiveInt = 5120
+    full_resolution: bool = False
+    leave: NonNegativeInt = 0
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
-        for block in context.blocks()[start:]:
+        blocks = context.blocks()
+        blocks = blocks[: len(blocks) - self.leave]
+        if self.full_resolution:
+            positions = {layer.name: layer.positions for layer in context.structure.layers}
+            most = max(positions.values())
+            blocks = [block for block in blocks if max(positions[name] for name in block.layers) == most]
+        for block in blocks[start:]:
             yield _unit(block, context, phase, indices, self.emphasis)
 
 
