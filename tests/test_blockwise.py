@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,25 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
     assert found["args"][2].tolist() == [70, 71, 72, 0, 1, 2, 110, 111, 112]
     assert found["kwargs"]["table"].tolist() == [0, 1]
     assert found["kwargs"]["mask"].tolist() == [False, True, False]
+
+
+def test_the_blocks_at_full_resolution_but_the_last(tmp_path: Path) -> None:
+    context = context_of(*recorded("ddim"), tmp_path)
+    every = [unit.name for unit in units_of(context)]
+
+    def names(**chosen: Any) -> list[str]:
+        return [unit.name for unit in BlockwiseDistillation(samples=2, **chosen).units(context, PHASE, 0)]
+
+    assert names(leave=2) == every[:-2]
+    assert names(leave=100) == []
+    full = [
+        "down_blocks.0.resnets.0",
+        "up_blocks.0.upsamplers.0.conv",
+        "up_blocks.1.resnets.0",
+        "up_blocks.1.resnets.1",
+    ]
+    assert names(full_resolution=True) == full
+    assert names(full_resolution=True, leave=2) == full[:2]
 
 
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion"])

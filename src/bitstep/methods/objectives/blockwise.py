@@ -45,7 +45,7 @@ class BlockwiseDistillation(Objective):
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
         indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
         blocks = context.blocks()
-        blocks = blocks[: len(blocks) - self.leave]
+        blocks = blocks[: max(0, len(blocks) - self.leave)]
         if self.full_resolution:
             positions = {layer.name: layer.positions for layer in context.structure.layers}
             most = max(positions.values())
