@@ -1,6 +1,6 @@
 """DilateQuant (arXiv 2409.14307): dilated weights, a step size per timestep, blocks distilled one after another.
 
-    Y = Q(X / s; s_x[t]) * Q(s W; s_w),   s >= 1 per input channel, Q(s W) with the step sizes of Q(W)
+    Y = Q(X / s; s_x[t]) * Q(s W; s_w),   s >= 1 per input channel, the range of s W that of W
 
 Weight dilation (:mod:`bitstep.numerics.dilation`), the temporal parallel quantizer
 (:class:`bitstep.quantizers.activations.ActivationQuantizer`, batches mixing timesteps) and block-wise distillation
