@@ -71,6 +71,17 @@ def test_an_unknown_backend_is_refused(packed_pipeline: Path) -> None:
         api.sample(packed_pipeline, num=1, steps=1, backend="abacus")
 
 
+def test_a_backend_for_nothing_packed_is_refused(plain_pipeline: Path) -> None:
+    with pytest.raises(UsageError, match="no packed layers whose kernel"):
+        api.sample(plain_pipeline, num=1, steps=1, backend="reference")
+
+
+def test_videos_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitstep.stages.sample.generate", lambda *_, **__: iter([torch.zeros(1, 5, 3, 8, 8)]))
+    with pytest.raises(BitstepError, match=r"makes no pictures but \[1, 5, 3, 8, 8\]"):
+        sample(build("ddim"), num=1, batch_size=1, steps=1, seed=0)
+
+
 def test_class_labels_may_be_left_out_where_there_are_no_classes() -> None:
     pipeline = ConsistencyModelPipeline(build("ddim").unet, CMStochasticIterativeScheduler())
     pipeline.set_progress_bar_config(disable=True)

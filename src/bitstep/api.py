@@ -15,7 +15,7 @@ from bitstep.errors import UsageError
 from bitstep.files import check_path, write_atomically
 from bitstep.progress import Progress, silent
 from bitstep.run import quantize as quantize
-from bitstep.runtime.dispatch import set_backend
+from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
 from bitstep.stages.evaluate import check_comparable, paired
 from bitstep.stages.evaluate import evaluate as _evaluate
@@ -172,6 +172,8 @@ def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) ->
 def _load(source: str | Path, device: str, backend: str | None) -> Source:
     model = load(source, device=device)
     if backend is not None:
+        if not packed_layers(model.denoiser):
+            raise UsageError(f"{source} has no packed layers whose kernel --backend could choose: leave it out")
         set_backend(model.denoiser, backend)
     return model
 

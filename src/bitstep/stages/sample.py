@@ -33,11 +33,16 @@ def sample(
 ) -> Tensor:
     """Images number 0..num-1 of the endless list that ``sampling`` defines, uint8 ``[num, H, W, C]`` on the CPU.
 
-    ``batch_size`` changes no image beyond float rounding.
+    ``batch_size`` changes no image beyond float rounding. BitstepError for a pipeline of videos or of sound.
     """
     images: list[Tensor] = []
     with torch.no_grad():
         for batch in generate(pipeline, images=num, batch_size=batch_size, **sampling):
+            if batch.ndim != 4:
+                raise BitstepError(
+                    f"{type(pipeline).__name__} makes no pictures but {list(batch.shape)}: expected a pipeline of "
+                    "pictures; call this one with plain diffusers"
+                )
             images += (batch.float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu()
             progress(len(images), num)
     return torch.stack(images)
