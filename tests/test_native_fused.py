@@ -462,5 +462,6 @@ def test_half_precision_is_computed_but_said_to_be_slow() -> None:
 
 def test_a_block_on_another_kernel_is_left_alone() -> None:
     block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
-    fuse(nn.Sequential(block))
-    assert fused_blocks(nn.Sequential(block)) == []
+    model = nn.Sequential(block)
+    fuse(model)
+    assert fused_blocks(model) == []

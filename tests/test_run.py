@@ -262,11 +262,13 @@ def test_a_run_killed_while_it_cleared_up_is_finished(
     assert (tmp_path / "out" / "run" / RUN).stat().st_ino == before
 
 
-def test_a_folder_claimed_since_is_left_alone(tmp_path: Path) -> None:
+def test_a_published_run_holds_its_folder_until_it_left(tmp_path: Path) -> None:
     claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
     first = claim()
     assert first is not None
     first.publish(Path.mkdir, {})
+    with pytest.raises(UsageError, match="a run is under way"):
+        claim()
     first.leave()
     second = claim()
     assert second is not None
