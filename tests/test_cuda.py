@@ -74,6 +74,20 @@ def test_half_precision_goes_in_and_comes_out(kind: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("bases", [1, 2])
+def test_sums_in_parts_are_the_same(splits: int, bases: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine steps of 64 channels: the last of five programs has fewer than the others."""
+    layer = nn.Conv2d(64, 40, 3, padding=1)
+    module = filled(layer, random_layer(layer, 4 if bases == 1 else 1, 4, bases=bases))
+    x = torch.randn(2, 64, 5, 6, generator=torch.Generator().manual_seed(0))
+    whole, reference = outputs(module, x)
+    monkeypatch.setattr(cuda, "tiling_of", lambda *_: cuda.Tiling(32, 32, 4, 3, splits))
+    in_parts, _ = outputs(module, x)
+    assert torch.equal(in_parts, whole)
+    torch.testing.assert_close(in_parts, reference, rtol=1e-5, atol=1e-4)
+
+
 def test_more_channels_than_a_tile_holds() -> None:
     layer = nn.Conv2d(200, 70, 3, padding=1)
     module = filled(layer, random_layer(layer, 1, 4, bases=2))
@@ -167,9 +181,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bitstep.runtime.device_code import multiply
 
-pointers = {"codes": "*i8", "weight": "*u8", "weight_sum": "*i32"}
-pointers |= dict.fromkeys(["y", "bias", "input_scale", "input_zero_point", "weight_scale"], "*fp32")
-constants = {"BITS": BITS, "BASES": 1, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+pointers = {"codes": "*i8", "weight": "*i8", "weight_sum": "*i32"}
+pointers |= dict.fromkeys(["bias", "input_scale", "input_zero_point", "weight_scale"], "*fp32")
+pointers["y"] = "*i32" if PARTS > 1 else "*fp32"
+constants = {"BASES": 1, "SPLITS": PARTS, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 constants |= {f"{name}_{axis}": 1 for name in ("KERNEL", "STRIDE", "DILATION") for axis in "HW"}
 names = multiply.arg_names
 aligned = [*pointers, "channels", "out"]
@@ -184,10 +199,10 @@ print(compile(source, target=GPUTarget("cuda", CAPABILITY, 32)).asm["ptx"])
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("bits", [1, 4])
-def test_compiles_to_tensor_core_products_of_bytes(capability: int, bits: int) -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_compiles_to_tensor_core_products_of_bytes(capability: int, splits: int) -> None:
     """No GPU needed: Triton brings the compilers. Loads that are not vectors, or not ahead of time, would show."""
-    program = COMPILE.replace("BITS,", f"{bits},").replace("CAPABILITY", str(capability))
+    program = COMPILE.replace("PARTS", str(splits)).replace("CAPABILITY", str(capability))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     product = {80: "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", 90: "wgmma.mma_async"}[capability]

@@ -63,12 +63,35 @@ def code_inputs(
     tl.store(codes + places, v.to(tl.int8), mask=inside)
 
 
+@triton.jit
+def unpack_weight(
+    packed,  # uint8 [rows, bytes, BLOCK_K]
+    weight,  # int8 [rows, steps, BLOCK_K]
+    bytes,
+    steps,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes of 1, 2 or 4 bits to the signed bytes they stand for: +-1, or the code less the middle of its range."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = place < bytes * BLOCK_K
+    held = tl.load(packed + row * bytes * BLOCK_K + place, mask=known, other=0)
+    first, k = place // BLOCK_K * PER_BYTE, place % BLOCK_K
+    for i in tl.static_range(PER_BYTE):
+        code = ((held >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+        value = 2 * code - 1 if BITS == 1 else code - (1 << (BITS - 1))
+        tl.store(weight + (row * steps + first + i) * BLOCK_K + k, value, mask=known & (first + i < steps))
+
+
 # a program for all sizes: those that are 1 or divisible by 16 would else be compiled once more, and run no faster
 @triton.jit(do_not_specialize=["samples", "height", "width", "out_height", "out_width", "scale_stride"])
 def multiply(
     codes,  # int8 [samples, height, width, channels]: code - 128, padded
-    weight,  # uint8 [BASES, out, steps / codes a byte, BLOCK_K]
-    y,  # floating point [samples, out_height, out_width, out]
+    weight,  # int8 [BASES, out, steps, BLOCK_K]
+    y,  # floating point [samples, out_height, out_width, out]; int32 [SPLITS, BASES, rows of y, out] if SPLITS > 1
     bias,  # float32 [out]
     input_scale,  # float32 [1] or [samples]
     input_zero_point,  # float32 [1] or [samples]
@@ -82,7 +105,6 @@ def multiply(
     out_width,
     out,
     scale_stride,
-    BITS: tl.constexpr,
     BASES: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -93,16 +115,16 @@ def multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """A convolution as the product of gathered codes and weights that are unpacked on the way.
+    """A convolution as the product of gathered codes and weights.
 
         y = s_x s_w (sum (a - 128) w + (128 - z) sum w) + bias
 
-    The channels of all taps are worked on in steps of BLOCK_K. A byte holds the weights of one place in as many steps
-    as fit, so that unpacking moves no value to another thread. No load is masked: rows and columns beyond the last
-    repeat it, and are not stored.
+    The channels of all taps are worked on in steps of BLOCK_K. Where there are few rows and columns, programs share
+    the steps of one result: SPLITS partial sums, which ``add_up`` turns into it. No load is masked: rows and columns
+    beyond the last repeat it, and are not stored.
     """
-    PER_BYTE: tl.constexpr = 8 // BITS
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -114,24 +136,63 @@ def multiply(
     pixels = codes + ((sample.to(tl.int64) * height + top) * width + left) * channels
     steps_of_tap = channels // BLOCK_K
     steps = KERNEL_H * KERNEL_W * steps_of_tap
-    row_bytes = tl.cdiv(steps, PER_BYTE) * BLOCK_K
+    stored = (m < outputs)[:, None] & (n < out)[None, :]
+    places = m.to(tl.int64)[:, None] * out + n[None, :]
+    share = tl.cdiv(steps, SPLITS)
+    begin = tl.program_id(2) * share
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for basis in tl.static_range(BASES):
-        rows = weight + (basis * out + column).to(tl.int64) * row_bytes
+        rows = weight + (basis * out + column).to(tl.int64) * (steps * BLOCK_K)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-        for step in range(steps):
+        for step in range(begin, tl.minimum(begin + share, steps)):
             tap, start = step // steps_of_tap, step % steps_of_tap * BLOCK_K
             shift = (tap // KERNEL_W * DILATION_H * width + tap % KERNEL_W * DILATION_W) * channels + start
             a = tl.load(pixels[:, None] + (shift + k)[None, :])
-            b = tl.load(rows[None, :] + (step // PER_BYTE * BLOCK_K + k)[:, None])
-            if BITS < 8:
-                b = (b >> tl.full((1, 1), step % PER_BYTE * BITS, tl.uint8)) & ((1 << BITS) - 1)
-                b = 2 * b - 1 if BITS == 1 else b - (1 << (BITS - 1))
-            total = tl.dot(a, b.to(tl.int8, bitcast=True), acc=total, out_dtype=tl.int32)
-        zero = tl.load(input_zero_point + sample * scale_stride).to(tl.int32) - 128
-        total -= zero[:, None] * tl.load(weight_sum + basis * out + column)[None, :]
-        result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column)[None, :]
-    result *= tl.load(input_scale + sample * scale_stride)[:, None]
-    result += tl.load(bias + column)[None, :]
-    places = m.to(tl.int64)[:, None] * out + n[None, :]
-    tl.store(y + places, result.to(y.dtype.element_ty), mask=(m < outputs)[:, None] & (n < out)[None, :])
+            b = tl.load(rows[None, :] + (step * BLOCK_K + k)[:, None])
+            total = tl.dot(a, b, acc=total, out_dtype=tl.int32)
+        if SPLITS > 1:
+            part = (tl.program_id(2) * BASES + basis).to(tl.int64) * outputs * out
+            tl.store(y + part + places, total, mask=stored)
+        else:
+            zero = tl.load(input_zero_point + sample * scale_stride).to(tl.int32) - 128
+            total -= zero[:, None] * tl.load(weight_sum + basis * out + column)[None, :]
+            result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column)[None, :]
+    if SPLITS == 1:
+        result *= tl.load(input_scale + sample * scale_stride)[:, None]
+        result += tl.load(bias + column)[None, :]
+        tl.store(y + places, result.to(y.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_of_sample", "scale_stride"])
+def add_up(
+    parts,  # int32 [SPLITS, BASES, rows, out], of ``multiply``
+    y,  # floating point [rows, out]
+    bias,
+    input_scale,
+    input_zero_point,
+    weight_scale,
+    weight_sum,
+    rows,
+    rows_of_sample,
+    out,
+    scale_stride,
+    BASES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The end of ``multiply``, bit for bit, for sums in parts."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = place < rows * out.to(tl.int64)
+    sample, column = place // out // rows_of_sample, place % out
+    zero = tl.load(input_zero_point + sample * scale_stride, mask=known, other=0.0).to(tl.int32) - 128
+    result = tl.zeros((BLOCK,), tl.float32)
+    for basis in tl.static_range(BASES):
+        total = tl.zeros((BLOCK,), tl.int32)
+        for split in tl.static_range(SPLITS):
+            part = (split * BASES + basis) * rows * out.to(tl.int64)
+            total += tl.load(parts + part + place, mask=known, other=0)
+        total -= zero * tl.load(weight_sum + basis * out + column, mask=known, other=0)
+        result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column, mask=known, other=0.0)
+    result *= tl.load(input_scale + sample * scale_stride, mask=known, other=0.0)
+    result += tl.load(bias + column, mask=known, other=0.0)
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=known)
