@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from packed import random_model
 from pipelines import build
 from torch import Tensor
@@ -65,6 +66,17 @@ def test_a_packed_pipeline_without_parameters_is_a_reference_too(tmp_path: Path)
     pipeline.save_pretrained(tmp_path)
     numbers = api.evaluate(tmp_path, against=tmp_path, num=2, steps=2)
     assert numbers["step_error"] == pytest.approx([0, 0], abs=1e-3)
+
+
+def test_a_schedule_that_cannot_be_done_in_one_step(tmp_path: Path) -> None:
+    """Stable Diffusion's own."""
+    pipeline = build("stable_diffusion")
+    pipeline.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    pipeline.register_modules(unet=random_model(pipeline.unet))
+    pipeline.save_pretrained(tmp_path)
+    numbers = api.evaluate(tmp_path, against=tmp_path, num=2, steps=5)
+    assert numbers["step_error"] == pytest.approx([0] * len(numbers["timesteps"]), abs=1e-3)
+    assert api.benchmark(tmp_path, against=["fp32"], rounds=1)["rows"][0]["median_ms"] > 0
 
 
 def test_against_images(plain_pipeline: Path, feature_network: Path, tmp_path: Path) -> None:

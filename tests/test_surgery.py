@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from pipelines import BUILDERS, build
-from torch import nn
+from torch import Tensor, nn
 
+from bitstep.denoiser.calls import Call
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.errors import UsageError
 from bitstep.stages.calibrate import stream
@@ -92,6 +94,33 @@ def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
     pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
     structure = trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
     assert "reflect" in _plan(source.denoiser, structure).left_alone["conv_in"]
+
+
+class _AsksForADtype(nn.Module):
+    """As Wan's transformer does."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 4))
+        self.input, self.output = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4)) if scaled else 1
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        assert next(self.parameters()).dtype == torch.float32
+        time = timestep[:, None].to(next(iter(self.time.parameters())).dtype)
+        return self.output(self.input(sample) + self.time(time)) * self.scale  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_where_a_denoiser_looks_for_a_parameter_one_is_left(scaled: bool) -> None:
+    denoiser = _AsksForADtype(scaled)
+    call = Call({"sample": torch.randn(2, 4), "timestep": torch.tensor([3.0, 500.0])})
+    structure = trace(denoiser, call)
+    assert structure.asked == ("", "time")
+    decided = _plan(denoiser, structure)
+    (reason,) = decided.left_alone.values()
+    assert "asks" in reason
+    assert {layer.name for layer in decided.layers} == {"time.2", "input", "output"}  # the smallest is left
 
 
 def test_weight_only_plans_have_no_input_quantizers() -> None:

@@ -24,7 +24,7 @@ from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
-from bitstep.stages.generate import Sampling, read_prompts
+from bitstep.stages.generate import FEW_STEPS, Sampling, read_prompts
 from bitstep.stages.load import Source, load, stored_dtype, without_progress_bars
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.precondition import check, precondition
@@ -226,7 +226,7 @@ class _Report:
 
 def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:
     """Images of the denoiser's size, or mosaics of such; refused before anything is recorded where they do not fit."""
-    call, _ = next(stream(source, images=1, batch_size=1, steps=1, seed=0, prompts=prompts)).batch([0])
+    call, _ = next(stream(source, images=1, batch_size=1, steps=FEW_STEPS, seed=0, prompts=prompts)).batch([0])
     name, _ = unconditional(call)
     sample = call.arguments[name]
     tile = None if data.suffix == ".npz" else sample.shape[-1] * enlargement(source.pipeline)

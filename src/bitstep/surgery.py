@@ -131,10 +131,24 @@ def plan(
             left_alone[info.name] = reason
         else:
             layers.append(layer)
+    for name in structure.asked:
+        inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}." if name else "")]
+        if inside and not _holds_others(denoiser.get_submodule(name), {layer.name for layer in inside}, name):
+            smallest = min(inside, key=lambda layer: layer.weights)
+            layers.remove(smallest)
+            left_alone[smallest.name] = (
+                f"the denoiser asks {name or 'itself'} for a parameter, and packed layers have none"
+            )
     _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
     if not layers:
         raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
     return Plan(tuple(layers), left_alone, structure.total_macs)
+
+
+def _holds_others(module: nn.Module, layers: set[str], prefix: str) -> bool:
+    """Whether ``module``, at the path ``prefix``, has parameters outside of ``layers``."""
+    names = (name for name, _ in module.named_parameters(prefix))
+    return any(name.rpartition(".")[0] not in layers for name in names)
 
 
 def _planned(

@@ -67,6 +67,7 @@ class Structure:
     skip: 1x1 convolutions beside the main path of a block whose channel count changes
     downsample: convolutions that lower the resolution
     left_alone: layers with weights that are not in ``layers``, and why
+    asked: modules that are asked for their parameters, which some denoisers learn a dtype from
     total_macs: all matrix products and convolutions of one sample, attention included
     """
 
@@ -78,6 +79,7 @@ class Structure:
     downsample: tuple[str, ...]
     attention: tuple[AttentionSite, ...]
     left_alone: Mapping[str, str]
+    asked: tuple[str, ...]
     total_macs: int
 
 
@@ -128,6 +130,7 @@ def trace(denoiser: nn.Module, call: Call) -> Structure:
         ),
         attention=tuple(AttentionSite(name, macs // batch) for name, macs in seen.attention.items()),
         left_alone=_left_alone(denoiser, seen.layers),
+        asked=tuple(seen.asked),
         total_macs=counter.get_total_flops() // 2 // batch,
     )
 
@@ -174,6 +177,7 @@ class _Observation(TorchFunctionMode):
         self.layers: dict[str, list[_Run]] = {}
         self.attention: Counter[str] = Counter()  # multiply-accumulates of the whole batch, by module
         self.last = ""
+        self.asked: dict[str, None] = {}
         self._running: list[str] = []
         self._concatenated: dict[int, tuple[Tensor, list[Tensor], int]] = {}  # holding a tensor keeps its id its own
         self._normalized: dict[int, tuple[Tensor, str]] = {}  # what norms returned, and other shapes of it
@@ -253,7 +257,17 @@ def _channel_sums(x: Tensor, axis: int) -> Tensor:
 @contextmanager
 def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
     seen = _Observation()
+    names = {id(module): name for name, module in denoiser.named_modules()}
+    parameters = nn.Module.parameters
+
+    def ask(module: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if id(module) in names:
+            seen.asked[names[id(module)]] = None
+        return parameters(module, recurse)
+
     with ExitStack() as stack:
+        stack.callback(setattr, nn.Module, "parameters", parameters)
+        nn.Module.parameters = ask  # type: ignore[assignment, method-assign]
         for name, module in denoiser.named_modules():
             stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
             if isinstance(module, QUANTIZABLE):

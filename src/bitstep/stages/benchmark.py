@@ -36,6 +36,7 @@ from bitstep.progress import Progress, silent
 from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
+from bitstep.stages.generate import FEW_STEPS
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
@@ -80,7 +81,7 @@ def benchmark(
     source = _packed(directory)
     packed = {PACKED: source} | {name: _packed(name) for name in against if _is_folder(name)}
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
-        record(source, calls, images=batch_size, batch_size=batch_size, steps=1, seed=0)
+        record(source, calls, images=batch_size, batch_size=batch_size, steps=FEW_STEPS, seed=0)
         tasks = [
             Task(name, str(component_folder(packed.get(name, source))), name in packed, calls, backend, device)
             for name in (PACKED, *dict.fromkeys(against))
@@ -202,7 +203,7 @@ def _work(task: Task) -> None:
     os.dup2(2, 1)  # the libraries of peers print
     model = _model(task)
     pool = Pool.open(task.calls)
-    call, _ = pool.batch(range(len(pool)))
+    call, _ = pool.batch(pool.indices_at(len(pool.timesteps) - 1))
     call = call.map(lambda name, tensor: _cast(name, tensor, model.dtype)).to(task.device)
     step: Callable[[], Tensor] = partial(run, model, call)
     if task.name in PEERS:

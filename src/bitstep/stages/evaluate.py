@@ -16,7 +16,7 @@ from bitstep.metrics import SSIM_WINDOW, psnr, ssim
 from bitstep.progress import Progress, silent
 from bitstep.stages.calibrate import stream
 from bitstep.stages.features import check_features, compare, load_features
-from bitstep.stages.generate import Sampling
+from bitstep.stages.generate import FEW_STEPS, Sampling
 from bitstep.stages.load import Source
 from bitstep.stages.sample import sample
 
@@ -105,9 +105,9 @@ def _shapes(source: Source, sampling: Sampling) -> dict[str, list[int]]:
         tensors = {**Call(by_name(denoiser.forward, args, kwargs)).tensors, "call.output": first_tensor(output)}
         shapes.update({name.removeprefix("call."): list(x.shape) for name, x in tensors.items() if x.ndim})
 
-    one_step: Sampling = {**sampling, "steps": 1}
+    few: Sampling = {**sampling, "steps": min(FEW_STEPS, sampling["steps"])}
     with source.denoiser.register_forward_hook(called, with_kwargs=True):
-        picture = sample(source.pipeline, num=1, batch_size=1, **one_step)
+        picture = sample(source.pipeline, num=1, batch_size=1, **few)
     return shapes | {"picture": list(picture.shape)}
 
 

@@ -37,6 +37,9 @@ PROMPTS = (
 
 DENOISERS = ("unet", "transformer")
 
+FEW_STEPS = 4
+"""For a look at what a pipeline computes: not all schedules can be done in one step (PNDM's and Mochi's cannot)."""
+
 
 def read_prompts(path: str | Path | None) -> list[str] | None:
     """The lines of a text file that say something; None where no file is given."""
