@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate, generate_batch
 from bitstep.stages.load import Source
+from bitstep.trajectories.pool import PoolWriter
 
 
 def source(name: str) -> Source:
@@ -51,6 +53,18 @@ def test_a_pool_with_other_settings_is_refused(tmp_path: Path) -> None:
     record(source("ddim"), tmp_path, images=2, batch_size=2, steps=2, seed=0)
     with pytest.raises(BitstepError, match="recorded with other settings"):
         record(source("ddim"), tmp_path, images=2, batch_size=2, steps=2, seed=1)
+
+
+def test_prompts_of_other_lengths_are_refused_before_the_rest_is_recorded(tmp_path: Path) -> None:
+    (pool,) = stream(source("stable_diffusion"), images=1, batch_size=1, steps=2, seed=0)
+    (shard,) = pool._shards
+    writer = PoolWriter(tmp_path, {}, 1000)
+    writer.add(shard)
+    text = "call.encoder_hidden_states"
+    longer = torch.cat([shard.tensors[text]] * 2, 1)
+    with pytest.raises(BitstepError, match="equally many tokens"):
+        writer.add(replace(shard, tensors={**shard.tensors, text: longer}))
+    assert len(writer) == 1
 
 
 def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import FEW_STEPS, Sampling, read_prompts
-from bitstep.stages.load import Source, load, stored_dtype, without_progress_bars
+from bitstep.stages.load import Source, as_stored, load, without_progress_bars
 from bitstep.stages.pack import packed_attention, packed_layers
 from bitstep.stages.precondition import check, precondition
 from bitstep.stages.prepare import Student, prepare
@@ -89,6 +89,9 @@ def quantize(
             raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
         check_rules(loaded.denoiser, resolved.method.layers.rules)
         loaded.denoiser.requires_grad_(False).eval()
+        for name, component in loaded.pipeline.components.items():
+            if name != loaded.component and type(component) is type(loaded.denoiser):
+                report.line(f"{name} is another {type(component).__name__}: it is left in full precision")
         images = None if data is None else _read_images(Path(data), loaded, texts)
         student = _fit(loaded, resolved, work, seed, texts, images, report)
         _pack(loaded, student, resolved, work, report)
@@ -177,7 +180,7 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
     assert source.folder is not None
     for name, component in source.pipeline.components.items():
         if isinstance(component, torch.nn.Module) and name != source.component:
-            component.to(stored_dtype(source.folder / name))  # it was computed with in float32
+            as_stored(component, source.folder / name)  # it was computed with in float32
     source.pipeline.register_modules(**{source.component: packed})
     plan = {
         "coverage": student.plan.coverage,

@@ -78,15 +78,19 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     return Source(name, pipeline, folder)
 
 
-def stored_dtype(component: Path) -> torch.dtype:
-    """The floating-point type of the weights in the folder ``component``; the one that holds all, where they differ."""
-    found = set()
-    for path in component.glob("*.safetensors"):
+@torch.no_grad()
+def as_stored(module: nn.Module, folder: Path) -> None:
+    """Give the tensors of ``module`` the floating-point types that they have in ``folder``, where it was loaded from;
+    those that have other names there, the type that holds all."""
+    stored: dict[str, torch.dtype] = {}
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
-    floating = [dtype for dtype in found if dtype.is_floating_point]
-    widest: torch.dtype = reduce(torch.promote_types, floating or [torch.float32])
-    return widest
+            stored |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no mapping)
+    floating = {name: dtype for name, dtype in stored.items() if dtype.is_floating_point}
+    widest = reduce(torch.promote_types, floating.values(), next(iter(floating.values()), torch.float32))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(floating.get(name, widest))
 
 
 @contextmanager

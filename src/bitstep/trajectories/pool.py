@@ -140,7 +140,10 @@ class PoolWriter:
         return tuple(self._index["batched"]) if len(self) else None
 
     def add(self, shard: Shard) -> None:
-        """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one."""
+        """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one, or does not go together
+        with those that are there."""
+        if len(self):
+            _check_gatherable(_open_shard(self._folder, self._index, 0), shard)
         entry = {
             "varying": list(shard.varying),
             "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
@@ -165,12 +168,26 @@ class PoolWriter:
 
 
 def _check_gatherable(first: Shard, other: Shard) -> None:
+    for name in first.tensors.keys() & other.tensors.keys():
+        here, there = _shape_of_a_row(first, name), _shape_of_a_row(other, name)
+        if here != there:
+            raise BitstepError(
+                f"{name.removeprefix('call.')} comes in shapes {here} and {there}, so no batch can mix them: "
+                "where they are those of prompts, give prompts of equally many tokens, or only one"
+            )
     same = first.skeleton == other.skeleton and first.tensors.keys() == other.tensors.keys()
     for name, tensor in first.tensors.items() if same else ():
         if name != OUTPUT and name not in first.batched and not torch.equal(tensor, other.tensors[name]):
             same = False
     if not same:
         raise BitstepError("the recorded shards differ in the denoiser's arguments, so no batch can mix them")
+
+
+def _shape_of_a_row(shard: Shard, name: str) -> list[int]:
+    shape = list(shard.tensors[name].shape)
+    if name == OUTPUT or name in shard.varying:
+        return shape[2:]
+    return shape[1:] if name in shard.batched else shape
 
 
 def _shard_path(folder: Path, number: int) -> Path:
