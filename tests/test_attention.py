@@ -122,6 +122,17 @@ def student(name: str, per_step: bool = True) -> tuple[Student, Any]:
     return prepare(source.denoiser, pool, method, weight_bits=8, activation_bits=4), pool
 
 
+def test_a_processor_that_goes_round_the_quantizers_is_noticed() -> None:
+    fitted, pool = student("stable_diffusion")
+    model: Any = copy.deepcopy(fitted.denoiser)
+    call, _ = pool.batch([0])
+    with torch.no_grad():
+        run(model, call)  # any warning would be an error
+        model.set_attention_slice("max")
+        with pytest.warns(UserWarning, match="attention slicing"):
+            run(model, call)
+
+
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "flux"])
 @pytest.mark.parametrize("per_step", [True, False])
 def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ may observe or quantize it, or by a kernel for attention of quantized operands.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
@@ -85,7 +86,8 @@ def _attend(
 def intercept(module: nn.Module, instead: Callable[..., Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
     """Let ``instead`` stand for ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it.
 
-    It takes the same arguments. A part of ``module`` in it is copied with the module.
+    It takes the same arguments. A part of ``module`` in it is copied with the module. A warning says where ``module``
+    computes a softmax of its own, as some attention processors of diffusers do.
     """
     interception = Interception(instead)
     return (
@@ -112,4 +114,13 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         if function is nn.functional.scaled_dot_product_attention:
             return self.instead(*args, **(kwargs or {}))
+        if function in _SOFTMAX:
+            warnings.warn(
+                "attention is computed without scaled_dot_product_attention, so its operands are not quantized: "
+                "leave attention slicing and other attention processors out",
+                stacklevel=2,
+            )
         return function(*args, **(kwargs or {}))
+
+
+_SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
