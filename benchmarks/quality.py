@@ -60,6 +60,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Fréchet distance to real images": lambda row: _number(row[TO_REAL], 1),
     "Fréchet distance to full precision (ResNet-56)": lambda row: _number(row.get(TO_FULL_PRECISION + RESNET, []), 2),
     "Fréchet distance to real images (ResNet-56)": lambda row: _number(row.get(TO_REAL + RESNET, []), 2),
+    "quantized on": lambda row: ", ".join(sorted({name or "CPU" for name in row["gpu"]})) if any(row["gpu"]) else "-",
     "minutes": lambda row: _number(row["minutes"], 1),
     "peak memory (MB)": lambda row: _number(row["peak_memory_mb"], 0),
     "MB on disk": lambda row: _number(row["size_mb"], 2),
@@ -200,7 +201,8 @@ def measure(quantization: Quantization, judge: Judge, work: Path) -> dict[str, A
     images = judge.sample(out)
     save(images[:64], work / f"{quantization.name}.png")
     weight = {"size_mb": facts["size_bytes"] / 1e6, "coverage": facts["macs_quantized"]}
-    return {**asdict(quantization), **judge.judge(images), **cost, **weight}
+    gpu = None if judge.device == "cpu" else torch.cuda.get_device_name(judge.device)
+    return {**asdict(quantization), "gpu": gpu, **judge.judge(images), **cost, **weight}
 
 
 def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
@@ -213,6 +215,7 @@ def full_precision_row(source: str, judge: Judge, work: Path) -> dict[str, Any]:
         "seed": None,
         "overrides": [],
         "data": None,
+        "gpu": None,
     }
     size = sum(4 * parameter.numel() for parameter in bitstep.load(source).denoiser.parameters())
     unknown = dict.fromkeys(("minutes", "peak_memory_mb", "coverage"))

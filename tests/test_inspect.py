@@ -85,6 +85,11 @@ def test_benchmark_times_packed_pipelines_side_by_side(packed_pipeline: Path, tm
     shutil.copytree(packed_pipeline, other)
     numbers = api.benchmark(packed_pipeline, against=[str(other)], rounds=2)
     assert [row["name"] for row in numbers["rows"]] == ["packed", str(other)]
+    latents = build("dit")
+    latents.register_modules(transformer=random_model(latents.transformer))
+    latents.save_pretrained(tmp_path / "another")
+    with pytest.raises(UsageError, match="cannot be compared"):
+        api.benchmark(packed_pipeline, against=[str(tmp_path / "another")])
     shutil.rmtree(other / "unet")
     with pytest.raises(BitstepError):
         api.benchmark(packed_pipeline, against=[str(other)])

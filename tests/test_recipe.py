@@ -10,6 +10,7 @@ from packed import some_bits
 from bitstep.errors import UsageError
 from bitstep.methods import METHODS
 from bitstep.methods.base import Calibration, Method, UniformWeights
+from bitstep.methods.binarydm import BinaryWeights
 from bitstep.recipe import parse_bits, resolve
 
 
@@ -58,6 +59,10 @@ def test_a_file_mixes_slots(tmp_path: Path) -> None:
     assert method.weights == UniformWeights(rank=4, symmetric=False)
     assert method.training == METHODS["efficientdm"].training
     assert method.layers.rules[0].weight_bits == 8
+
+
+def test_another_kind_starts_from_its_own_defaults() -> None:
+    assert resolve("mse", "W1A4", "quick", ["weights.kind=binary"]).method.weights == BinaryWeights()
 
 
 def test_a_file_without_a_base_starts_from_the_defaults(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from bitstep.denoiser.structure import Structure, trace
 from bitstep.errors import UsageError
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
-from bitstep.surgery import Plan, Rule, plan
+from bitstep.surgery import Plan, Rule, check_rules, plan
 
 
 def _source(name: str) -> Source:
@@ -53,7 +53,7 @@ def test_a_rule_can_leave_activations_in_floating_point_or_quantize_them_again()
     layers = {layer.name: layer for layer in _plan(denoiser, structure, rules=rules).layers}
     floating = {name for name, layer in layers.items() if layer.activation_bits is None}
     assert {name for name in layers if not name.endswith(".conv2")} == floating
-    with pytest.raises(ValueError, match="activation_bits"):
+    with pytest.raises(ValueError, match="2 to 8 bits, or 32"):
         Rule(match="*", activation_bits=16)
 
 
@@ -81,6 +81,8 @@ def test_later_rules_win_and_unmatched_rules_are_errors() -> None:
             assert layer.weight_bits == (3 if name.endswith(".conv2") else 6)
     with pytest.raises(UsageError, match="'nothing_like_it' matches no layer"):
         _plan(denoiser, structure, rules=(Rule(match="nothing_like_it", skip=True),))
+    with pytest.raises(UsageError, match="no layer is left"):
+        check_rules(denoiser, (Rule(match="*", skip=True),))
     with pytest.raises(UsageError, match="no layer is left"):
         _plan(denoiser, structure, rules=(Rule(match="*", skip=True),))
 

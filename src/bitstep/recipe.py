@@ -120,7 +120,8 @@ def _merge(base: Any, change: Any) -> Any:
 
 
 def _put(settings: Any, path: str, value: Any) -> None:
-    """Set ``a.b.0.c`` in nested mappings and sequences; the last key may be new (validation then judges it)."""
+    """Set ``a.b.0.c`` in nested mappings and sequences; the last key may be new (validation then judges it). Another
+    ``kind`` starts from that kind's defaults."""
     *parents, last = path.split(".")
     place = settings
     for key in parents:
@@ -129,6 +130,8 @@ def _put(settings: Any, path: str, value: Any) -> None:
         _enter(place, last, path)
         place[int(last)] = _merge(place[int(last)], value)
     elif isinstance(place, dict):
+        if last == "kind" and place.get(last) != value:
+            place.clear()
         place[last] = _merge(place.get(last), value)
     else:
         raise UsageError(f"cannot set {path!r}: {'.'.join(parents)!r} is a single value, without keys")

@@ -7,12 +7,12 @@ ones. A rule that matches no layer is an error: a setting that silently does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from bitstep.denoiser.layers import QUANTIZABLE, refusal, weight_of
@@ -27,6 +27,12 @@ WEIGHT_ONLY_BITS = 32
 """Activation bits that mean "leave activations in floating point"."""
 
 
+def _activation_width(bits: int) -> int:
+    if bits not in (*range(2, 9), WEIGHT_ONLY_BITS):
+        raise ValueError(f"activations take 2 to 8 bits, or {WEIGHT_ONLY_BITS} to stay in floating point; got {bits}")
+    return bits
+
+
 class Rule(Slot):
     """Bits for the layers whose name matches a glob and whose class, or a base of it, is named ``type`` (if given).
 
@@ -36,7 +42,7 @@ class Rule(Slot):
     match: str
     type: str | None = None
     weight_bits: Annotated[int, Field(ge=1, le=8)] | None = None
-    activation_bits: Annotated[int, Field(ge=2, le=8)] | Literal[32] | None = None
+    activation_bits: Annotated[int, AfterValidator(_activation_width)] | None = None
     skip: bool = False
 
 
@@ -93,6 +99,7 @@ class Plan:
 
 
 Coverage = Literal["full", "efficientdm"]
+_NOTHING_LEFT = "no layer is left to quantize: every layer is skipped by a rule or refused"
 
 
 def plan(
@@ -141,7 +148,7 @@ def plan(
             )
     _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
     if not layers:
-        raise UsageError("no layer is left to quantize: every layer is skipped by a rule or refused")
+        raise UsageError(_NOTHING_LEFT)
     return Plan(tuple(layers), left_alone, structure.total_macs)
 
 
@@ -173,11 +180,15 @@ def _ruled(layer: LayerPlan, rule: Rule) -> LayerPlan:
     return layer
 
 
-def check_rules(denoiser: nn.Module, rules: Iterable[Rule]) -> None:
-    """UsageError for rules that match no layer of ``denoiser``, executed or not: known before anything is run."""
+def check_rules(denoiser: nn.Module, rules: Sequence[Rule]) -> None:
+    """UsageError for rules that match no layer of ``denoiser``, executed or not, or skip all of them: known before
+    anything is run."""
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, QUANTIZABLE)}
     unused = [rule for rule in rules if not any(_matches(rule, name, layer) for name, layer in layers.items())]
     _refuse(unused, next(iter(layers), ""))
+    matching = ([rule for rule in rules if _matches(rule, name, layer)] for name, layer in layers.items())
+    if all(found and found[-1].skip for found in matching):
+        raise UsageError(_NOTHING_LEFT)
 
 
 def _matches(rule: Rule, name: str, module: nn.Module) -> bool:

@@ -36,6 +36,7 @@ from bitstep.progress import Progress, silent
 from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
+from bitstep.stages.evaluate import check_comparable
 from bitstep.stages.generate import FEW_STEPS
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import Source, load
@@ -79,7 +80,10 @@ def benchmark(
     if backend is not None:
         named(backend)
     source = _packed(directory)
-    packed = {PACKED: source} | {name: _packed(name) for name in against if _is_folder(name)}
+    others = {name: _packed(name) for name in against if _is_folder(name)}
+    if others:
+        check_comparable(list(others.values()), source, steps=FEW_STEPS, seed=0)
+    packed = {PACKED: source} | others
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
         record(source, calls, images=batch_size, batch_size=batch_size, steps=FEW_STEPS, seed=0)
         tasks = [
