@@ -138,13 +138,13 @@ def plan(
             left_alone[info.name] = reason
         else:
             layers.append(layer)
-    for name in structure.asked:
+    for name in dict.fromkeys((*structure.asked, "")):  # accelerate asks the whole
         inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}." if name else "")]
         if inside and not _holds_others(denoiser.get_submodule(name), {layer.name for layer in inside}, name):
             smallest = min(inside, key=lambda layer: layer.weights)
             layers.remove(smallest)
             left_alone[smallest.name] = (
-                f"the denoiser asks {name or 'itself'} for a parameter, and packed layers have none"
+                f"{name or 'the denoiser'} is asked for a parameter, and packed layers have none"
             )
     _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
     if not layers:
