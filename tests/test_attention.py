@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitstep.denoiser.attention
-from bitstep import library
+from bitstep import api, library
 from bitstep.checkpoint import PackedOperands, pack_model
 from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.calls import run
@@ -161,6 +161,14 @@ def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_p
     with torch.no_grad():
         error = (run(loaded, call) - expected).norm() / expected.norm()
     assert error < 0.05
+    if name == "ddim":
+        facts = api.inspect(tmp_path)
+        attention_macs = sum(site.macs for site in fitted.plan.attention)
+        layers = [layer for layer in facts["layers"] if layer["activation_bits"]]
+        bops = sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in layers)
+        assert facts["bops"] == bops + attention_macs * (4 * 4 + 8 * 4) // 2
+        quantized = attention_macs + sum(layer["macs"] for layer in layers)
+        assert facts["ops"] == facts["bops"] / 64 + facts["flops"] - quantized
     if name == "ddim" and library.instruction_sets():
         assert SITE in fused_blocks(loaded)
 

@@ -33,7 +33,8 @@ def facts(source: Source) -> dict[str, Any]:
     size_bytes, full_precision_bytes, compression: the denoiser on disk, all its parameters in float32, their ratio
     bytes_per_parameter: of the denoiser on disk, scales and tables included
     flops: multiply-accumulates of the full-precision model, each counted as one operation
-    bops: sum over quantized layers of multiply-accumulates x weight bits x activation bits
+    bops: sum over layers with quantized activations of multiply-accumulates x weight bits x activation bits, and over
+        the two products of quantized attention x the bits of their operands
     ops, ops_saving: bops / 64 + multiply-accumulates that stay in floating point (the counting of the papers on
         binary networks, arXiv 2003.03488), and flops / ops
     macs_quantized: share of the multiply-accumulates in packed layers
@@ -62,7 +63,10 @@ def facts(source: Source) -> dict[str, Any]:
         full_size = FULL_PRECISION_BYTES * sum(p.numel() for p in architecture(folder).parameters())
     low_bit = [layer for layer in layers if layer["activation_bits"] is not None]
     bops = sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in low_bit)
-    ops = bops / 64 + macs.total - sum(layer["macs"] for layer in low_bit)
+    sites = manifest.attention.values()
+    # queries meet keys, and probabilities values: half of the multiply-accumulates each
+    bops += sum(site.macs * site.bits * (site.bits + site.probability_bits) // 2 for site in sites)
+    ops = bops / 64 + macs.total - sum(layer["macs"] for layer in low_bit) - sum(site.macs for site in sites)
     method = manifest.recipe.get("method")
     return {
         "recipe": method.get("name") if isinstance(method, dict) else None,
