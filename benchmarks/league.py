@@ -22,11 +22,22 @@ BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
 BINARY = ("W1A32", "W1A8", "W1A4")
 SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
 EVERYTHING = ["attention.quantized=true"]  # what makes efficientdm's coverage that of dilatequant
+SMOOTHING = "rewrites=[{kind: smoothing}]"  # without dilation
+FEW_BLOCKS = [  # by themselves, and the last six together for longer
+    "training.0.objective.full_resolution=true",
+    "training.0.objective.leave=6",
+    "training.0.iterations=200",
+    "training.1.iterations=2100",
+]
 ABLATIONS = (
     ("efficientdm", "W4A4", ["layers.coverage=efficientdm"]),
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("efficientdm", "W4A4", EVERYTHING),
-    ("dilatequant", "W4A4", ["rewrites=[{kind: smoothing}]"]),  # without dilation
+    ("dilatequant", "W4A4", [SMOOTHING]),
+    *(("dilatequant", bits, FEW_BLOCKS) for bits in BITS),
+    ("dilatequant", "W4A4", [SMOOTHING, *FEW_BLOCKS]),
+    ("best", "W4A8", [SMOOTHING]),
+    ("best", "W4A8", FEW_BLOCKS),
     ("dilatequant", "W4A4", ["training.1.iterations=1"]),  # without the last blocks' training together
     ("mse", "W4A4", ["output.preconditioned=true"]),
     ("dilatequant", "W4A4", ["output.preconditioned=true"]),
