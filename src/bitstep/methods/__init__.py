@@ -40,4 +40,5 @@ def named(name: str, weight_bits: float, activation_bits: int, effort: Effort) -
         return method
     if weight_bits <= 2:
         return BEST_BINARY
-    return BEST_BLOCKS if weight_bits < activation_bits and effort != "quick" else BEST
+    every_block_pays = weight_bits < activation_bits or activation_bits <= 4
+    return BEST_BLOCKS if every_block_pays and effort != "quick" else BEST

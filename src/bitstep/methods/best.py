@@ -1,8 +1,8 @@
 """What works best together, by width.
 
-Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights:
-DilateQuant, the last blocks trained together in the end, and such an output; at the quick effort, which has no time for
-every block, the former. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero point,
+Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights, and four
+bits for both: DilateQuant, the last blocks trained together in the end, and such an output; at the quick effort, which
+has no time for every block, the former. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero point,
 EfficientDM's distillation, and such an output.
 """
 
