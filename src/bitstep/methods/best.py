@@ -2,8 +2,8 @@
 
 Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights, and four
 bits for both: DilateQuant, the last blocks trained together in the end, and such an output; at the quick effort, which
-has no time for every block, the former. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero point,
-EfficientDM's distillation, and such an output.
+has no time for every block, the former. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero
+point, EfficientDM's distillation, and such an output.
 """
 
 from __future__ import annotations
