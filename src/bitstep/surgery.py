@@ -138,24 +138,29 @@ def plan(
             left_alone[info.name] = reason
         else:
             layers.append(layer)
-    for name in dict.fromkeys((*structure.asked, "")):  # accelerate asks the whole
-        inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}." if name else "")]
-        if inside and not _holds_others(denoiser.get_submodule(name), {layer.name for layer in inside}, name):
-            smallest = min(inside, key=lambda layer: layer.weights)
-            layers.remove(smallest)
-            left_alone[smallest.name] = (
-                f"{name or 'the denoiser'} is asked for a parameter, and packed layers have none"
-            )
+    spared = _spared(denoiser, structure, layers)
+    left_alone |= spared
+    layers = [layer for layer in layers if layer.name not in spared]
     _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
     if not layers:
         raise UsageError(_NOTHING_LEFT)
     return Plan(tuple(layers), left_alone, structure.total_macs)
 
 
-def _holds_others(module: nn.Module, layers: set[str], prefix: str) -> bool:
-    """Whether ``module``, at the path ``prefix``, has parameters outside of ``layers``."""
-    names = (name for name, _ in module.named_parameters(prefix))
-    return any(name.rpartition(".")[0] not in layers for name in names)
+def _spared(denoiser: nn.Module, structure: Structure, layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """The smallest layer of every module that would be asked for a parameter and have none, and why it is left alone.
+
+    Packed layers have no parameters. Some denoisers learn a dtype from one, and accelerate asks the whole denoiser.
+    """
+    packed = {layer.name: layer.weights for layer in layers}
+    spared: dict[str, str] = {}
+    for name in (*structure.asked, ""):
+        holders = {key.rpartition(".")[0] for key, _ in denoiser.get_submodule(name).named_parameters(name)}
+        if holders and holders <= packed.keys():
+            smallest = min((layer for layer in packed if layer in holders), key=packed.__getitem__)
+            del packed[smallest]
+            spared[smallest] = f"{name or 'the denoiser'} is asked for a parameter, and packed layers have none"
+    return spared
 
 
 def _planned(
