@@ -34,6 +34,7 @@ ABLATIONS = (
     ("efficientdm", "W4A4", ["training.0.objective.emphasis=0"]),
     ("efficientdm", "W4A4", EVERYTHING),
     ("efficientdm", "W4A4", ["output.preconditioned=true"]),
+    ("efficientdm", "W4A4", [*EVERYTHING, "output.preconditioned=true"]),
     ("dilatequant", "W4A4", [SMOOTHING]),
     *(("dilatequant", bits, FEW_BLOCKS) for bits in BITS),
     ("dilatequant", "W4A4", [SMOOTHING, *FEW_BLOCKS]),
