@@ -10,13 +10,13 @@ import torch
 from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.calls import Call, run, wrapped
 from bitstep.errors import BitstepError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate_batch
 from bitstep.stages.load import Source
 from bitstep.trajectories.pool import Pool, PoolWriter
-from bitstep.trajectories.recording import Recorder, Shard, fit_guidance, wrapped
+from bitstep.trajectories.recording import Recorder, Shard, fit_guidance
 
 # weights of the chunks of an output, in the pipeline's own order, at guidance scale 3
 GUIDANCE = {

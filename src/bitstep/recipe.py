@@ -22,7 +22,7 @@ from bitstep.errors import UsageError
 from bitstep.methods import METHODS, named
 from bitstep.methods.base import Effort, Method
 from bitstep.slots import Slot, nearest
-from bitstep.surgery import WEIGHT_ONLY_BITS
+from bitstep.surgery import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)A(\d+)")
 
@@ -71,8 +71,8 @@ def parse_bits(bits: str) -> tuple[float, int]:
     if not match:
         raise UsageError(f"bits are written WxAy, such as W4A4; got {bits!r}")
     weight, activation = float(match[1]), int(match[2])
-    if activation not in (*range(2, 9), WEIGHT_ONLY_BITS):
-        raise UsageError(f"activations take 2 to 8 bits, or {WEIGHT_ONLY_BITS} to stay in floating point; got {bits!r}")
+    if activation not in ACTIVATION_WIDTHS:
+        raise UsageError(f"{EXPECTED_WIDTHS}; got {bits!r}")
     if not 1 <= weight <= 8:
         raise UsageError(f"weights take 1 to 8 bits; got {bits!r}")
     return weight, activation

@@ -27,9 +27,13 @@ WEIGHT_ONLY_BITS = 32
 """Activation bits that mean "leave activations in floating point"."""
 
 
+ACTIVATION_WIDTHS = (*range(2, 9), WEIGHT_ONLY_BITS)
+EXPECTED_WIDTHS = f"activations take 2 to 8 bits, or {WEIGHT_ONLY_BITS} to stay in floating point"
+
+
 def _activation_width(bits: int) -> int:
-    if bits not in (*range(2, 9), WEIGHT_ONLY_BITS):
-        raise ValueError(f"activations take 2 to 8 bits, or {WEIGHT_ONLY_BITS} to stay in floating point; got {bits}")
+    if bits not in ACTIVATION_WIDTHS:
+        raise ValueError(f"{EXPECTED_WIDTHS}; got {bits}")
     return bits
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,3 +112,17 @@ def put_together(skeleton: Any, leaves: Mapping[str, Tensor]) -> Any:
             return tuple(put_together(item, leaves) for item in content)
         case _:
             return content
+
+
+@contextmanager
+def wrapped(owner: Any, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace ``owner.method`` by ``wrap(owner.method)`` for a while; its signature stays visible."""
+    original, own = getattr(owner, method), method in vars(owner)
+    setattr(owner, method, functools.wraps(original)(wrap(original)))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, method, original)
+        else:
+            delattr(owner, method)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bitstep.denoiser.calls import Call, run, sample_name, timestep_name
+from bitstep.denoiser.calls import Call, run, sample_name, timestep_name, wrapped
 from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, weight_of
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -258,16 +258,17 @@ def _channel_sums(x: Tensor, axis: int) -> Tensor:
 def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
     seen = _Observation()
     names = {id(module): name for name, module in denoiser.named_modules()}
-    parameters = nn.Module.parameters
 
-    def ask(module: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-        if id(module) in names:
-            seen.asked[names[id(module)]] = None
-        return parameters(module, recurse)
+    def watched(parameters: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in names:
+                seen.asked[names[id(module)]] = None
+            return parameters(module, *args, **kwargs)
+
+        return ask
 
     with ExitStack() as stack:
-        stack.callback(setattr, nn.Module, "parameters", parameters)
-        nn.Module.parameters = ask  # type: ignore[assignment, method-assign]
+        stack.enter_context(wrapped(nn.Module, "parameters", watched))
         for name, module in denoiser.named_modules():
             stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
             if isinstance(module, QUANTIZABLE):

@@ -10,11 +10,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from bitstep.denoiser.calls import wrapped
 from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 from bitstep.trajectories.pool import Pool, PoolWriter
-from bitstep.trajectories.recording import Recorder, Shard, wrapped
+from bitstep.trajectories.recording import Recorder, Shard
 
 
 def record(

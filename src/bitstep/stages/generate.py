@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from bitstep.denoiser.calls import wrapped
 from bitstep.errors import BitstepError, UsageError, first_line
 from bitstep.randomness import generator
-from bitstep.trajectories.recording import wrapped
 
 PROMPTS = (
     "a red fox sitting in the snow at dusk",

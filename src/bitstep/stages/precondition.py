@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import run, sample_name
+from bitstep.denoiser.calls import run, sample_name, wrapped
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
@@ -17,7 +17,6 @@ from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import Student
 from bitstep.trajectories.pool import Pool
-from bitstep.trajectories.recording import wrapped
 
 IMAGES = 8
 AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import first_tensor, timestep_of
+from bitstep.denoiser.calls import first_tensor, timestep_of, wrapped
 from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
 from bitstep.stages.generate import Sampling, generate_batch, latent_type
 from bitstep.stages.load import Source
-from bitstep.trajectories.recording import wrapped
 
 IMAGES = 4
 STEPS = 16

@@ -168,7 +168,7 @@ class PoolWriter:
 
 
 def _check_gatherable(first: Shard, other: Shard) -> None:
-    for name in first.tensors.keys() & other.tensors.keys():
+    for name in (name for name in first.tensors if name in other.tensors):
         here, there = _shape_of_a_row(first, name), _shape_of_a_row(other, name)
         if here != there:
             raise BitstepError(

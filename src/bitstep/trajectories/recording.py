@@ -6,17 +6,16 @@ batch is a :class:`Shard`.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import Call, by_name, first_tensor, put_together, run, take_apart, timestep_name
+from bitstep.denoiser.calls import Call, by_name, first_tensor, put_together, run, take_apart, timestep_name, wrapped
 from bitstep.errors import BitstepError
 
 OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide
@@ -194,20 +193,6 @@ def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
     residual = torch.einsum("i,cij,j->c", combined, stacked, combined)
     terms = stacked.diagonal(dim1=1, dim2=2) @ combined.square()
     return weights.float() if bool((residual <= (4 * eps) ** 2 * terms).all()) else None
-
-
-@contextmanager
-def wrapped(owner: Any, method: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace ``owner.method`` by ``wrap(owner.method)`` for a while; its signature stays visible."""
-    original, own = getattr(owner, method), method in vars(owner)
-    setattr(owner, method, functools.wraps(original)(wrap(original)))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, method, original)
-        else:
-            delattr(owner, method)
 
 
 def _keep(tensor: Tensor, previous: Tensor | None) -> Tensor:
