@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     LDMPipeline,
+    MotionAdapter,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -25,6 +27,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    UNetMotionModel,
     VQModel,
 )
 from transformers import (
@@ -38,6 +41,7 @@ from transformers import (
 )
 
 WIDTH = 16  # of every text embedding
+FRAMES = 16  # of AnimateDiff's videos, unless it is told otherwise
 
 
 def unet(channels: int = 3, size: int = 8) -> UNet2DModel:
@@ -88,6 +92,28 @@ def stable_diffusion() -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def animatediff() -> AnimateDiffPipeline:
+    """A video: the text of every sample repeated for its frames, layers that are called with ``input=``."""
+    still = stable_diffusion()
+    channels, layers = still.unet.config.block_out_channels, still.unet.config.layers_per_block
+    adapter = MotionAdapter(
+        block_out_channels=channels,
+        motion_layers_per_block=layers,
+        motion_mid_block_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+        motion_max_seq_length=FRAMES,
+    )
+    return AnimateDiffPipeline(
+        vae=still.vae,
+        text_encoder=still.text_encoder,
+        tokenizer=still.tokenizer,
+        unet=UNetMotionModel.from_unet2d(still.unet, adapter),
+        motion_adapter=adapter,
+        scheduler=still.scheduler,
     )
 
 
@@ -210,7 +236,7 @@ def t5_encoder() -> T5EncoderModel:
 
 
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
-    f.__name__: f for f in (ddpm, ddim, latent_vq, stable_diffusion, dit, pixart, sd3, flux)
+    f.__name__: f for f in (ddpm, ddim, latent_vq, stable_diffusion, animatediff, dit, pixart, sd3, flux)
 }
 
 

@@ -14,7 +14,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
 )
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS, FRAMES, build
 
 from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.calibrate import record, stream
@@ -99,7 +99,8 @@ def test_a_single_step_counts_as_any_other(name: str, unit: float) -> None:
 def test_an_image_is_the_same_in_every_batch(name: str) -> None:
     pipeline = build(name)
     together = torch.cat(list(generate(pipeline, images=3, batch_size=3, steps=2, seed=1)))
-    assert together.shape[:2] == (3, 3)
+    frames = [FRAMES] if name == "animatediff" else []
+    assert together.shape == (3, *frames, 3, 8, 8)
     assert 0 <= together.min() <= together.max() <= 1
     assert not torch.equal(together[0], together[1])
     apart = torch.cat(list(generate(pipeline, images=3, batch_size=2, steps=2, seed=1)))

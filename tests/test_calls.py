@@ -52,6 +52,17 @@ def test_the_denoiser_repeats_its_recorded_outputs_on_batches_that_mix_timesteps
     assert torch.equal(call.timestep.double(), pool.timesteps[pool.step_of[order]].repeat(chunks))
 
 
+@pytest.mark.parametrize("name", ["ddim", "flux", "animatediff"])
+@torch.no_grad()
+def test_a_batch_of_one_tells_what_has_a_batch_dimension(name: str) -> None:
+    """Where every length is a multiple of the batch: of position ids, and of a text repeated for every frame."""
+    given = source(name)
+    guidance_scale = 1.0 if name == "animatediff" else None
+    pool = next(stream(given, images=1, batch_size=1, steps=3, seed=0, guidance_scale=guidance_scale))
+    call, target = pool.batch(range(3))
+    torch.testing.assert_close(run(given.denoiser, call), target, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_guidance_is_read_off_the_pipeline(name: str) -> None:
     _, pool = in_memory(name, guidance_scale=3.0)
@@ -218,7 +229,7 @@ def test_a_row_by_itself_may_round_to_other_codes(packed: bool, change: float) -
         def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, places: Tensor) -> Tensor:
             if len(text) != len(sample):
                 raise BitstepError("what the kernel of attention says of such shapes")
-            return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 1)) + 0 * timestep[:, None]
+            return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 2)) + 0 * timestep[:, None]
 
     class Scheduler:
         def step(self, model_output: Tensor) -> Tensor:
@@ -233,7 +244,7 @@ def test_a_row_by_itself_may_round_to_other_codes(packed: bool, change: float) -
         with pytest.raises(BitstepError, match="can be computed by itself"):
             recorder.shard()
     else:
-        assert recorder.shard().batched == ("call.sample", "call.timestep", "call.text")
+        assert recorder.shard().batched == {"call.sample": 1, "call.timestep": 1, "call.text": 1}
 
 
 @torch.no_grad()
@@ -257,8 +268,10 @@ def test_calls_that_cannot_be_recorded_are_clear_errors() -> None:
         denoiser(x, torch.ones(3))
     with recorder():
         denoiser(x, 1)
-        with pytest.raises(BitstepError, match="differ in arguments or shapes"):
-            denoiser(x[:1], 1)
+        with pytest.raises(BitstepError, match="sample in several shapes"):
+            denoiser(x[:1], torch.ones(1))
+        with pytest.raises(BitstepError, match="with different arguments"):
+            denoiser(x, 1, "extra")
     with recorder() as idle, pytest.raises(BitstepError, match="never called its Denoiser"):
         idle.shard()
 

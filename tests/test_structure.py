@@ -19,6 +19,7 @@ ENDS = {
     "ddim": ("conv_in", "conv_out"),
     "latent_vq": ("conv_in", "conv_out"),
     "stable_diffusion": ("conv_in", "conv_out"),
+    "animatediff": ("conv_in", "conv_out"),
     "dit": ("pos_embed.proj", "proj_out_2"),
     "pixart": ("pos_embed.proj", "proj_out"),
     "sd3": ("pos_embed.proj", "proj_out"),
@@ -27,6 +28,7 @@ ENDS = {
 EMBEDDINGS = {
     "ddim": ["time_embedding"],
     "stable_diffusion": ["time_embedding"],
+    "animatediff": ["time_embedding"],
     "dit": [f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(2)],
     "pixart": ["adaln_single.emb.timestep_embedder"],
     "sd3": ["time_text_embed.timestep_embedder"],

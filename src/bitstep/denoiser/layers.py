@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -29,6 +32,13 @@ def weight_of(layer: nn.Module) -> Tensor:
 def groups_of(layer: nn.Module) -> int:
     """Groups of a convolution's channels; 1 for a Linear."""
     return int(getattr(layer, "groups", 1))
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input in the arguments of a layer's call; some models name it."""
+    x = args[0] if args else kwargs["input"]
+    assert isinstance(x, Tensor)
+    return x
 
 
 def channel_axis(layer: nn.Module) -> int:

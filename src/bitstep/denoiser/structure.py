@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bitstep.denoiser.calls import Call, run, sample_name, timestep_name, wrapped
-from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, weight_of
+from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, input_of, weight_of
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -191,15 +191,17 @@ class _Observation(TorchFunctionMode):
     def leave(self, *_: Any) -> None:
         self._running.pop()
 
-    def layer_ran(self, name: str, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        x = args[0].double()
-        checksum = x.sum().item(), x.square().sum().item()
-        parts = self._parts(args[0], channel_axis(layer))
+    def layer_ran(
+        self, name: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        x = input_of(args, kwargs)
+        checksum = x.double().sum().item(), x.double().square().sum().item()
+        parts = self._parts(x, channel_axis(layer))
         self.layers.setdefault(name, []).append(_Run(output.shape, parts, checksum))
         self.last = name
-        if id(args[0]) in self._normalized:
-            norm = self._normalized[id(args[0])][1]
-            self._read.setdefault(name, []).append((norm, _channel_sums(args[0], channel_axis(layer))))
+        if id(x) in self._normalized:
+            norm = self._normalized[id(x)][1]
+            self._read.setdefault(name, []).append((norm, _channel_sums(x, channel_axis(layer))))
 
     def norm_ran(self, name: str, norm: nn.Module, _: Any, output: Tensor) -> None:
         self._norm_sums.setdefault(name, []).append(_channel_sums(output, 1 if isinstance(norm, nn.GroupNorm) else -1))
@@ -272,7 +274,8 @@ def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
         for name, module in denoiser.named_modules():
             stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
             if isinstance(module, QUANTIZABLE):
-                stack.callback(module.register_forward_hook(functools.partial(seen.layer_ran, name)).remove)
+                ran = functools.partial(seen.layer_ran, name)
+                stack.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
             if isinstance(module, NORMS) and module.weight is not None:
                 stack.callback(module.register_forward_hook(functools.partial(seen.norm_ran, name)).remove)
             stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)

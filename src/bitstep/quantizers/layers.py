@@ -52,7 +52,8 @@ class FakeQuantized(nn.Module):
         quantizer = self.weight_quantizer
         return quantizer.fake() if quantizer.enabled else quantizer.source().detach()
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
+    def forward(self, input: Tensor, *_: Any) -> Tensor:
+        x = input  # named as in PyTorch's layers, for models that call them so
         if self.channel_reciprocal is not None:
             trailing = 0 if not self._geometry else x.ndim - 2
             x = x * self.channel_reciprocal.reshape(-1, *[1] * trailing)

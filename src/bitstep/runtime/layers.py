@@ -182,12 +182,12 @@ class PackedModule(nn.Module):
         if isinstance(self._run, CodeKeeper):
             self._buffers["weight_packed"] = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes in float32 and returns the dtype of ``x``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes in float32 and returns the dtype of ``input``, which is named as in PyTorch's layers."""
         if self.format.activation_bits is not None:
-            refuse_gradients(x)
-        taken = x if x.dtype in self.kernel.dtypes else x.float()
-        return self.run(taken, *self.input_rows(x)).to(x.dtype)
+            refuse_gradients(input)
+        taken = input if input.dtype in self.kernel.dtypes else input.float()
+        return self.run(taken, *self.input_rows(input)).to(input.dtype)
 
     @property
     def run(self) -> Forward:

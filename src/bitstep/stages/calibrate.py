@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -57,7 +57,7 @@ def stream(
     **sampling: Unpack[Sampling],
 ) -> Iterator[Pool]:
     """The shards of :func:`record`, each a pool in memory, made when asked for."""
-    batched: tuple[str, ...] | None = None
+    batched: Mapping[str, int] | None = None
     for numbers in batches(images, batch_size):
         shard = _trajectory(source, numbers, bf16, sampling, batched)
         batched = shard.batched
@@ -65,7 +65,7 @@ def stream(
 
 
 def _trajectory(
-    source: Source, numbers: range, bf16: bool, sampling: Sampling, batched: tuple[str, ...] | None
+    source: Source, numbers: range, bf16: bool, sampling: Sampling, batched: Mapping[str, int] | None
 ) -> Shard:
     recorder = Recorder(source.denoiser, source.pipeline.scheduler, len(numbers))
     with recorder, _in_bfloat16(source.denoiser) if bf16 else nullcontext():

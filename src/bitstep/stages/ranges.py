@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.calls import run
-from bitstep.denoiser.layers import channel_axis
+from bitstep.denoiser.layers import channel_axis, input_of
 from bitstep.numerics.uniform import RangeMethod, search_range
 from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
@@ -82,10 +82,10 @@ def observe(
         low, high = x.aminmax(dim=1)
         seen.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
 
-    def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runs[name] += 1
         if runs[name] == 1:
-            keep(name, args[0].float().movedim(channel_axis(layer), 0).flatten(1))
+            keep(name, input_of(args, kwargs).float().movedim(channel_axis(layer), 0).flatten(1))
 
     def keep_operand(name: str, operand: str, x: Tensor) -> Tensor:
         runs[name] += operand == OPERANDS[0]
@@ -95,7 +95,8 @@ def observe(
 
     handles: list[RemovableHandle] = []
     for name in names:
-        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(partial(keep_input, name)))
+        hook = partial(keep_input, name)
+        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     for name in attention:
         handles.extend(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
     try:

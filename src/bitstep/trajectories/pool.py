@@ -21,7 +21,7 @@ from bitstep.files import replacing
 from bitstep.trajectories.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Pool:
@@ -95,16 +95,16 @@ class Pool:
         def gather(name: str) -> Tensor:
             rows: Tensor | None = None
             for shard, at in parts:
-                tensor = shard.tensors[name]
+                tensor, share = shard.tensors[name], shard.batched.get(name, 1)
                 if name == OUTPUT or name in shard.varying:
-                    found = tensor[call_of[at], row_of[:, at]]
+                    found = tensor.unflatten(1, (-1, share))[call_of[at], row_of[:, at]]
                 else:
-                    found = tensor[row_of[:, at]]
+                    found = tensor.unflatten(0, (-1, share))[row_of[:, at]]
                 if rows is None:
                     rows = found.new_empty(self._chunks, len(where), *found.shape[2:])
                 rows[:, at] = found
             assert rows is not None
-            return rows.flatten(0, 1)
+            return rows.flatten(0, 2)
 
         first = self._shards[0]
         leaves = {
@@ -135,9 +135,9 @@ class PoolWriter:
         return len(self._index["shards"])
 
     @property
-    def batched(self) -> tuple[str, ...] | None:
-        """Names of the arguments with a batch dimension, once a shard is there."""
-        return tuple(self._index["batched"]) if len(self) else None
+    def batched(self) -> Mapping[str, int] | None:
+        """The arguments with a batch dimension, and their shares, once a shard is there."""
+        return self._index["batched"] if len(self) else None
 
     def add(self, shard: Shard) -> None:
         """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one, or does not go together
@@ -150,7 +150,7 @@ class PoolWriter:
         }
         index = self._index | {
             "call": shard.skeleton,
-            "batched": list(shard.batched),
+            "batched": dict(shard.batched),
             "handed": shard.handed,
             "shards": [*self._index["shards"], entry],
         }
@@ -202,7 +202,7 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
     grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    return Shard(tensors, index["call"], tuple(index["batched"]), tuple(entry["varying"]), grams, index["handed"])
+    return Shard(tensors, index["call"], index["batched"], tuple(entry["varying"]), grams, index["handed"])
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

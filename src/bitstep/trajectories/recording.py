@@ -27,9 +27,11 @@ SAME_ROW = 0.5
 class Shard:
     """The calls of one pipeline batch, ``rows`` rows each (images times the chunks of guidance).
 
-    tensors: ``output`` ``[calls, rows, ...]`` and one tensor per tensor argument: ``[calls, rows, ...]`` where its
-        name is in ``varying``, else ``[rows, ...]`` where it is in ``batched``, else as it was passed
+    tensors: ``output`` ``[calls, rows, ...]`` and one tensor per tensor argument: ``[calls, rows * share, ...]`` where
+        its name is in ``varying``, else ``[rows * share, ...]`` where it is in ``batched``, else as it was passed
     skeleton: the call with names in the place of tensors, JSON
+    batched: the arguments with a batch dimension, and how many entries of it, its share, belong to one row: 1, or the
+        frames of a video whose text is repeated for each
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
     handed: how many entries of the output's dimension 1, the first ones, the scheduler was given: half of them where it
@@ -38,7 +40,7 @@ class Shard:
 
     tensors: Mapping[str, Tensor]
     skeleton: Any
-    batched: tuple[str, ...]
+    batched: Mapping[str, int]
     varying: tuple[str, ...]
     grams: tuple[Tensor | None, ...]
     handed: int
@@ -82,7 +84,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def shard(self, batched: tuple[str, ...] | None = None) -> Shard:
+    def shard(self, batched: Mapping[str, int] | None = None) -> Shard:
         """What was recorded. ``batched`` names the arguments with a batch dimension where an earlier shard knows."""
         if not self._outputs:
             raise BitstepError(f"the pipeline never called its {type(self._denoiser).__name__}")
@@ -119,7 +121,12 @@ class Recorder:
         skeleton = take_apart(arguments, "call", leaves)
         shapes = {n: tensor.shape for n, tensor in leaves.items()}
         if self._outputs and (skeleton, shapes) != (self._skeleton, self._shapes):
-            raise BitstepError("the pipeline's denoiser calls differ in arguments or shapes, so no batch can mix them")
+            reshaped = [n for n, shape in self._shapes.items() if shapes.get(n, shape) != shape]
+            what = f"{reshaped[0].removeprefix('call.')} in several shapes" if reshaped else "different arguments"
+            raise BitstepError(
+                f"the pipeline calls its denoiser with {what}, so no batch can mix the calls: where guidance is a call "
+                "by itself, with a text of its own length, leave it out (--set calibration.guidance_scale=1)"
+            )
         self._skeleton, self._shapes = skeleton, shapes
         # what stays equal from call to call (embeddings, labels) is kept once; copies, since pipelines work in place
         previous = self._leaves[-1] if self._leaves else {}
@@ -142,8 +149,9 @@ class Recorder:
 
         return watched
 
-    def _find_batched(self) -> tuple[str, ...]:
-        """Names of the tensors whose first dimension is the batch: those with which one row can be run by itself.
+    def _find_batched(self) -> dict[str, int]:
+        """The tensors whose first dimension is the batch, and their shares: those with which one row can be run by
+        itself, twice.
 
         Length alone does not tell (position ids of 16 tokens in a batch of 16). In a packed model sums in another order
         may change a code, and all that follows from it; there the best of all choices is taken.
@@ -155,24 +163,37 @@ class Recorder:
             with torch.no_grad():
                 return run(self._denoiser, Call(put_together(self._skeleton, tensors)).to(device)).cpu()
 
+        def twice(tensor: Tensor, share: int) -> Tensor:
+            return torch.cat([tensor[-share:]] * 2)
+
         output = computed(leaves)  # once more: the recorded one may have been computed in another precision
-        found: list[tuple[float, tuple[str, ...]]] = []
-        candidates = [n for n, tensor in leaves.items() if tensor.ndim and len(tensor) == len(output)]
-        for dropped in range(len(candidates) if len(output) > 1 else 1):
-            for batched in itertools.combinations(candidates, len(candidates) - dropped):
+        expected = twice(output, 1)
+        shares = {
+            name: len(tensor) // len(output)
+            for name, tensor in leaves.items()
+            if tensor.ndim and len(tensor) and len(tensor) % len(output) == 0
+        }
+        # dropped first, from the end, is what is longer than the batch
+        candidates = sorted(shares, key=lambda name: shares[name] > 1)
+        found: list[tuple[float, dict[str, int]]] = []
+        for kept in range(len(candidates), 0, -1):
+            for names in itertools.combinations(candidates, kept):
+                batched = {name: shares[name] for name in names}
                 try:
-                    alone = computed({n: tensor[-1:] if n in batched else tensor for n, tensor in leaves.items()})
+                    alone = computed({n: twice(t, batched[n]) if n in batched else t for n, t in leaves.items()})
                 except (BitstepError, RuntimeError, ValueError, IndexError):
                     continue  # the shapes do not fit together: this was not the batch dimension
-                if alone.shape != output[-1:].shape:
+                if alone.shape != expected.shape:
                     continue
-                error = float((alone - output[-1:]).float().norm() / output[-1:].float().norm().clamp(min=1e-12))
+                error = float((alone - expected).float().norm() / expected.float().norm().clamp(min=1e-12))
                 if error < torch.finfo(output.dtype).eps ** 0.5:
                     return batched
                 found.append((error, batched))
         packed = getattr(self._denoiser, "hf_quantizer", None) is not None
-        if packed and found and min(found)[0] < SAME_ROW:
-            return min(found)[1]
+        if packed and found:
+            error, batched = min(found, key=lambda candidate: candidate[0])
+            if error < SAME_ROW:
+                return batched
         raise BitstepError(f"no row of a batch of {type(self._denoiser).__name__} can be computed by itself")
 
 
