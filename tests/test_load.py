@@ -108,6 +108,22 @@ def test_a_pipeline_without_a_denoiser(folder: Path, monkeypatch: pytest.MonkeyP
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "why"),
+    [
+        ({"quant_method": "torchao"}, r"unet is quantized by torchao: expected full precision, or what bitstep packed"),
+        ({}, r"config\.json is damaged: quantization_config does not say its quant_method"),
+        ([], r"config\.json is damaged: quantization_config does not say its quant_method"),
+    ],
+)
+@pytest.mark.parametrize("component", [".", "unet"])
+def test_what_bitstep_did_not_quantize(component: str, quantization: object, why: str, folder: Path) -> None:
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    with pytest.raises(BitstepError, match=why):
+        load(folder / component)
+
+
 def test_damaged_weights(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from bitstep.arguments import check_device
+from bitstep.checkpoint.config import QuantMethod
 from bitstep.errors import BitstepError, first_line
 from bitstep.stages.generate import DENOISERS, denoiser_name
 
@@ -141,7 +142,7 @@ def _locate(name: str) -> Path:
 
 
 def _load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    packed = any("quantization_config" in _config(folder / component) for component in DENOISERS)
+    packed = any(_packed(folder / component) for component in DENOISERS)
     pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32 if packed else dtype
     )
@@ -161,9 +162,22 @@ def _load_component(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise BitstepError(
             f"{folder} holds a single {what}, which does not run without its pipeline: give the pipeline's folder"
         )
-    packed = "quantization_config" in config
-    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32 if packed else dtype)
+    unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32 if _packed(folder) else dtype)
     return DDIMPipeline(unet, DDIMScheduler())
+
+
+def _packed(folder: Path) -> bool:
+    """Whether bitstep packed the component in ``folder``; BitstepError where somebody else quantized it."""
+    config = _config(folder)
+    if "quantization_config" not in config:
+        return False
+    quantization = config["quantization_config"]
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None:
+        raise BitstepError(f"{folder / 'config.json'} is damaged: quantization_config does not say its quant_method")
+    if method != QuantMethod.BITSTEP:
+        raise BitstepError(f"{folder} is quantized by {method}: expected full precision, or what bitstep packed")
+    return True
 
 
 def _config(folder: Path) -> dict[str, Any]:
