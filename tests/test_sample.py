@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from PIL import Image
-from pipelines import build
+from pipelines import FRAMES, build
 from torch import nn
 
 from bitstep import api
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime.dispatch import KERNELS
+from bitstep.stages.generate import generate
 from bitstep.stages.sample import default_steps, grid, holds_images, read, sample, save
 
 
@@ -76,9 +77,20 @@ def test_a_backend_for_nothing_packed_is_refused(plain_pipeline: Path) -> None:
         api.sample(plain_pipeline, num=1, steps=1, backend="reference")
 
 
-def test_videos_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitstep.stages.sample.generate", lambda *_, **__: iter([torch.zeros(1, 5, 3, 8, 8)]))
-    with pytest.raises(BitstepError, match=r"makes no pictures but \[1, 5, 3, 8, 8\]"):
+def test_a_video_is_a_strip_of_its_frames() -> None:
+    pipeline = build("animatediff")
+    strips = sample(pipeline, num=2, batch_size=2, steps=2, seed=0)
+    assert strips.shape == (2, 8, FRAMES * 8, 3)
+    (video,) = generate(pipeline, images=1, batch_size=1, steps=2, seed=0)
+    first, last = (video[0, frame].movedim(0, -1) * 255 for frame in (0, FRAMES - 1))
+    for frame, columns in ((first, slice(8)), (last, slice(-8, None))):
+        torch.testing.assert_close(strips[0, :, columns].float(), frame.round(), atol=1, rtol=0)
+    assert grid(strips).size == (FRAMES * 8, 2 * 8)  # one below the other
+
+
+def test_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitstep.stages.sample.generate", lambda *_, **__: iter([torch.zeros(1, 2, 64)]))
+    with pytest.raises(BitstepError, match=r"makes no pictures but \[1, 2, 64\]"):
         sample(build("ddim"), num=1, batch_size=1, steps=1, seed=0)
 
 
@@ -105,7 +117,7 @@ def test_steps_default_to_the_pipelines_own() -> None:
 
 
 def test_a_grid_is_row_major_and_padded_with_white() -> None:
-    picture = np.asarray(grid(numbered(5)))  # 3 columns, 2 rows
+    picture = np.asarray(grid(numbered(5), columns=3))  # 2 rows
     assert picture.shape == (6, 12, 3)
     assert picture[0, 8].tolist() == [7, 8, 9]  # image 2
     assert picture[3, 4].tolist() == [13, 14, 15]  # image 4

@@ -33,15 +33,18 @@ def sample(
 ) -> Tensor:
     """Images number 0..num-1 of the endless list that ``sampling`` defines, uint8 ``[num, H, W, C]`` on the CPU.
 
-    ``batch_size`` changes no image beyond float rounding. BitstepError for a pipeline of videos or of sound.
+    ``batch_size`` changes no image beyond float rounding. A video is one image, its frames side by side. BitstepError
+    for a pipeline of neither, of sound say.
     """
     images: list[Tensor] = []
     with torch.no_grad():
         for batch in generate(pipeline, images=num, batch_size=batch_size, **sampling):
+            if batch.ndim == 5:
+                batch = batch.movedim(1, 3).flatten(3)  # [n, frames, C, H, W]
             if batch.ndim != 4:
                 raise BitstepError(
                     f"{type(pipeline).__name__} makes no pictures but {list(batch.shape)}: expected a pipeline of "
-                    "pictures; call this one with plain diffusers"
+                    "pictures or videos; call this one with plain diffusers"
                 )
             images += (batch.float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu()
             progress(len(images), num)
@@ -56,7 +59,7 @@ def default_steps(pipeline: DiffusionPipeline) -> int:
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """uint8 ``[N, H, W, C]`` as one picture, row by row, as square as it goes if ``columns`` is not given."""
     count, height, width, channels = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
+    columns = columns or int(np.ceil(np.sqrt(count * height / width)))
     rows = -(-count // columns)
     blank = images.new_full((rows * columns - count, height, width, channels), 255)
     tiles = torch.cat([images, blank]).reshape(rows, columns, height, width, channels)
