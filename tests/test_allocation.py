@@ -132,6 +132,6 @@ def test_layers_with_a_rule_and_the_first_and_last_keep_their_bits() -> None:
     assert plain.average_weight_bits + 0.4 < found.average_weight_bits <= plain.average_weight_bits + 0.5
 
 
-def test_evolvable_bases_leave_nothing_to_allocate() -> None:
-    with pytest.raises(ValidationError, match="nothing to allocate"):
+def test_evolvable_bases_leave_nothing_to_measure() -> None:
+    with pytest.raises(ValidationError, match="nothing to measure"):
         BinaryWeights(evolvable=True, allocation="measured")

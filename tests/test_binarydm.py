@@ -96,8 +96,9 @@ def test_second_bases_of_a_transformer_go_to_its_smallest_layers() -> None:
 
 def test_bits_decide_the_bases() -> None:
     assert {layer.bases for layer in prepared(bits=1)[0].plan.layers} == {1}
-    evolving = prepared(bits=1, evolvable=True)[0].plan.layers
-    assert {layer.bases for layer in evolving if layer.weight_bits == 1} == {2}
+    plain, evolving = prepared(bits=1)[0], prepared(bits=1, evolvable=True)[0]
+    assert evolving.plan == add_bases(plain.plan, plain.structure, plain.plan.average_weight_bits + 0.1)
+    assert {layer.bases for layer in evolving.plan.layers} == {1, 2}
     with pytest.raises(ValueError, match=r"1 to 2 bits, got 2\.5"):
         BinaryWeights().layer_bits(2.5)
     with pytest.raises(ValueError, match=r"1 bit, got 1\.1"):
@@ -331,14 +332,15 @@ def test_an_evolvable_basis_is_pressed_then_dropped() -> None:
     assert all(isinstance(quantizer, BinaryWeight) for quantizer in quantizers)
     second = torch.cat([q.second_scale().flatten() for q in quantizers if isinstance(q, BinaryWeight)])
     assert unit.loss(4).item() == pytest.approx((unit_of(context).loss(4) + 0.5 * second.mean()).item(), rel=1e-5)
-    assert {len(quantizer.codes().scale) for quantizer in quantizers} == {2}
+    assert {len(quantizer.codes().scale) for quantizer in quantizers} == {1, 2}
     unit.loss(5)
     assert {len(quantizer.codes().scale) for quantizer in quantizers} == {1}
 
 
-def test_an_evolvable_basis_leaves_units_without_binary_weights_alone() -> None:
-    _, context, _ = prepared(bits=1)
-    unit = replace(unit_of(context), layers={})
+@pytest.mark.parametrize("evolvable", [False, True])
+def test_an_evolvable_basis_leaves_units_without_second_bases_alone(evolvable: bool) -> None:
+    _, context, _ = prepared(bits=1, evolvable=evolvable)
+    unit = replace(unit_of(context), layers={} if evolvable else context.layers)
     assert EvolvableBasis().applied(unit, context, PHASE) is unit
 
 

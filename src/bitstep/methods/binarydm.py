@@ -3,9 +3,9 @@
     W_b = s_1 sign(W) [+ s_2 sign(W - s_1 sign(W))]          learnable multi-basis (LMB) where parameters are sparse
     L   = L_diffusion + weight * mean_i MSE(F_i^T E_i, F_i^S E_i)      low-rank representation mimicking (LRM)
 
-Layers turn binary one by one, from the middle outward (progressive warm-up). The later text starts with two bases
-everywhere and presses the second to nothing (evolvable basis, EBB). What no paper has is training without data: then
-the diffusion loss is replaced by distillation on the teacher's own trajectories.
+Layers turn binary one by one, from the middle outward (progressive warm-up). The later text starts with two bases at
+the model's head and tail and presses the second to nothing (evolvable basis, EBB). What no paper has is training
+without data: then the diffusion loss is replaced by distillation on the teacher's own trajectories.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
 from bitstep.surgery import LayerPlan, Plan, add_bases, add_bits
 
 Share = Annotated[float, Field(ge=0, le=1)]
+EVOLVABLE = 0.1
+"""Of all weights, those whose second bases evolve: at the model's head and tail, as many as keep theirs at W1.1."""
 WIDER_BITS = (4, 8)
 """Uniform bits that a measured allocation may give a layer, besides a second basis."""
 FEATURE_IMAGES = 16
@@ -54,7 +56,8 @@ FEATURE_IMAGES = 16
 class BinaryWeights(Weights):
     """One bit a weight. What is asked beyond one bit on average buys second bases (LMB, :func:`add_bases`).
 
-    evolvable: every layer starts with a second basis, for :class:`EvolvableBasis` to take away
+    evolvable: the layers that would be the first to get a second basis start with one, which :class:`EvolvableBasis`
+        takes away: a share ``EVOLVABLE`` of all weights
     allocation: "resolution" is the paper's; "measured" buys what lowers the error of the output most for its bits, a
         second basis here, four or eight uniform bits there
     Layers that get, or that a rule gives, more than one bit are uniform.
@@ -68,7 +71,7 @@ class BinaryWeights(Weights):
     @model_validator(mode="after")
     def _has_something_to_allocate(self) -> Self:
         if self.evolvable and self.allocation == "measured":
-            raise ValueError("evolvable bases are everywhere: there is nothing to allocate")
+            raise ValueError("evolvable bases are where the resolution is: there is nothing to measure")
         return self
 
     def check(self, training: Sequence[Phase]) -> None:
@@ -84,7 +87,7 @@ class BinaryWeights(Weights):
 
     def refine(self, plan: Plan, structure: Structure, bits: float, errors: Errors) -> Plan:
         if self.allocation == "resolution":
-            return add_bases(plan, structure, 2 * plan.average_weight_bits if self.evolvable else bits)
+            return add_bases(plan, structure, plan.average_weight_bits + EVOLVABLE if self.evolvable else bits)
         choices = {
             layer.name: [layer, replace(layer, bases=2), *(replace(layer, weight_bits=wider) for wider in WIDER_BITS)]
             for layer in plan.layers
@@ -168,7 +171,8 @@ class EvolvableBasis(Technique):
             raise ValueError("evolvable-basis takes away second bases, which only weights.evolvable=true gives")
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        quantizers = unit.weight_quantizers(BinaryWeight)
+        binary = unit.weight_quantizers(BinaryWeight)
+        quantizers = [quantizer for quantizer in binary if quantizer.second_scale().numel()]
         if not quantizers:
             return unit
 
