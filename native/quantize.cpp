@@ -79,7 +79,7 @@ void quantize_map(const bitstep_map& map, const bitstep_prologue& prologue, cons
   const int64_t channels = map.channels, padded = map.padded_channels, own = channels - map.rest_channels;
   const bool per_channel = LayerNorm || prologue.gain || prologue.shift || step.channel_reciprocal;
   const int64_t in_memory = A == kGeglu ? 2 * own : own;
-  const bool dense = in_memory == padded && !per_channel && map.repeat == 1;
+  const bool dense = A != kGeglu && own == padded && !per_channel && map.repeat == 1;
   parallel_for(map.batch * border.height, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t sample = row / border.height, y = row % border.height - map.pad_h;

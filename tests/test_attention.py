@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,13 @@ def test_grouped_queries() -> None:
     torch.testing.assert_close(attend(lambda _, x: x, query, key, value, enable_gqa=True), expected)
 
 
-def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_interception_ends_with_the_forward_pass_even_a_failing_one(failure: type[BaseException]) -> None:
     class Site(nn.Module):
         def forward(self, fail: bool = False) -> Tensor:
             result = F.scaled_dot_product_attention(*operands())
             if fail:
-                raise RuntimeError("it failed")
+                raise failure
             return result
 
     seen: list[str] = []
@@ -98,17 +100,23 @@ def test_interception_ends_with_the_forward_pass_even_a_failing_one() -> None:
         seen.append(operand)
         return 2 * x if operand == "value" else x
 
-    handles = intercept(site, functools.partial(attend, double))
+    interception = intercept(site, functools.partial(attend, double))
+    assert inspect.signature(site.forward) == inspect.signature(Site().forward)
     torch.testing.assert_close(site(), 2 * expected)
     assert tuple(seen) == (*OPERANDS[:3], "probability")
-    with pytest.raises(RuntimeError, match="it failed"):
+    with pytest.raises(failure):
         site(fail=True)
     seen.clear()
     F.scaled_dot_product_attention(*operands())
-    for handle in handles:
-        handle.remove()
+    interception.remove()
     assert torch.equal(site(), expected)
     assert not seen
+
+
+def test_half_precision_holds_the_logits() -> None:
+    query, key, value = (x.half() for x in operands())
+    query, key = query + 100, key + 100  # whose products are beyond 65,504, but not when scaled
+    assert bool(attend(lambda _, x: x, query, key, value).isfinite().all())
 
 
 @functools.cache

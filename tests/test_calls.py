@@ -52,13 +52,14 @@ def test_the_denoiser_repeats_its_recorded_outputs_on_batches_that_mix_timesteps
     assert torch.equal(call.timestep.double(), pool.timesteps[pool.step_of[order]].repeat(chunks))
 
 
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", ["ddim", "flux", "animatediff"])
 @torch.no_grad()
-def test_a_batch_of_one_tells_what_has_a_batch_dimension(name: str) -> None:
-    """Where every length is a multiple of the batch: of position ids, and of a text repeated for every frame."""
+def test_small_batches_tell_what_has_a_batch_dimension(name: str, images: int) -> None:
+    """Where most lengths are multiples of the batch: of position ids, and of a text repeated for every frame."""
     given = source(name)
     guidance_scale = 1.0 if name == "animatediff" else None
-    pool = next(stream(given, images=1, batch_size=1, steps=3, seed=0, guidance_scale=guidance_scale))
+    pool = next(stream(given, images=images, batch_size=images, steps=3, seed=0, guidance_scale=guidance_scale))
     call, target = pool.batch(range(3))
     torch.testing.assert_close(run(given.denoiser, call), target, rtol=1e-4, atol=1e-4)
 
@@ -229,7 +230,7 @@ def test_a_row_by_itself_may_round_to_other_codes(packed: bool, change: float) -
         def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, places: Tensor) -> Tensor:
             if len(text) != len(sample):
                 raise BitstepError("what the kernel of attention says of such shapes")
-            return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 2)) + 0 * timestep[:, None]
+            return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 1)) + 0 * timestep[:, None]
 
     class Scheduler:
         def step(self, model_output: Tensor) -> Tensor:

@@ -198,6 +198,32 @@ print(compile(source, target=GPUTarget("cuda", CAPABILITY, 32)).asm["ptx"])
 """
 
 
+ADD_UP = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bitstep.runtime.device_code import add_up
+
+pointers = {"parts": "*i32", "weight_sum": "*i32"}
+pointers |= dict.fromkeys(["y", "bias", "input_scale", "input_zero_point", "weight_scale"], "*fp32")
+constants = {"BASES": 2, "SPLITS": 4, "BLOCK": 256, "out": 1}
+names = add_up.arg_names
+source = ASTSource(
+    fn=add_up,
+    signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
+    constexprs={(names.index(name),): value for name, value in constants.items()},
+)
+compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def test_compiles_for_one_output_channel() -> None:
+    """Triton makes a constant of an argument that is 1; the interpreter does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ADD_UP], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_compiles_to_tensor_core_products_of_bytes(capability: int, splits: int) -> None:

@@ -20,6 +20,13 @@ def test_psnr_of_a_known_error() -> None:
     assert psnr(a, a) == math.inf
 
 
+def test_many_images_are_the_mean_of_each() -> None:
+    a, b = images(0, 35), images(1, 35)
+    for metric in (psnr, ssim):
+        each = [metric(a[i : i + 1], b[i : i + 1]) for i in range(len(a))]
+        assert metric(a, b) == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
 def test_ssim_of_constant_images_is_the_luminance_term() -> None:
     a, b = torch.full((1, 16, 16, 3), 100, dtype=torch.uint8), torch.full((1, 16, 16, 3), 150, dtype=torch.uint8)
     c1 = (0.01 * 255) ** 2
@@ -58,7 +65,9 @@ def test_frechet_distance_of_a_shifted_set_is_the_squared_shift() -> None:
     assert frechet_distance(a, a + 3) == pytest.approx(4 * 9, rel=1e-6)
 
 
-def test_precision_and_recall_of_sets_that_overlap_by_halves() -> None:
+@pytest.mark.parametrize("together", [2**26, 24])  # all at once, and three points at a time
+def test_precision_and_recall_of_sets_that_overlap_by_halves(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitstep.metrics._DISTANCES", together)
     line = torch.arange(8.0)[:, None]
     near, far = line, line + 1000
     half = torch.cat([near[:4] + 0.01, far[:4]])  # of its images half are real; its far points cover no real one

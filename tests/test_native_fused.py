@@ -112,7 +112,7 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
         assert steps.mean() < 0.01
 
 
-@pytest.mark.parametrize("channels", [32, 21])
+@pytest.mark.parametrize("channels", [32, 21, 2])  # 2 with their gates are as many as 2 are padded to
 def test_gated_values_before_codes(channels: int) -> None:
     case = Case(channels=(channels, channels), kernel=(1, 1), padding=0, weight_bits=2, activation_bits=8, bias=False)
     tensors = tensors_for(case, exact=True)

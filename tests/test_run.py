@@ -264,6 +264,31 @@ def test_a_run_killed_while_it_cleared_up_is_finished(
     assert (tmp_path / "out" / "run" / RUN).stat().st_ino == before
 
 
+@pytest.mark.parametrize(
+    ("operation", "name"), [("rename", "out"), ("rename", "packed"), ("unlink", "pool.json")], ids=str
+)
+def test_a_run_killed_while_it_published_is_finished_by_resuming(
+    operation: str, name: str, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before one file is moved or removed, where another result was to be replaced."""
+    run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
+    again = partial(run.quantize, teacher, out=tmp_path / "out", overwrite=True, **(tiny("minmax") | {"seed": 5}))
+    original = getattr(Path, operation)
+
+    def kill(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise KeyboardInterrupt
+        return original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, operation, kill)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    again(resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out" / "run" / RUN).read_text())["seed"] == 5
+
+
 def test_a_published_run_holds_its_folder_until_it_left(tmp_path: Path) -> None:
     claim = partial(RunFolder.claim, tmp_path / "out", {}, keep=[], resume=False, overwrite=True)
     first = claim()

@@ -27,7 +27,7 @@ def test_every_pipeline_is_measured_and_left_as_it_was(name: str) -> None:
     before = sample()
     found = sensitivity(source, torch.linspace(0, 1000, 5), steps=2, seed=0)
     assert found.shape == (5,)
-    assert bool((found > 0).all())
+    assert bool((found > 1e-11).all())  # not where it ends if the disturbance never arrives
     assert "forward" not in vars(source.denoiser)
     assert torch.equal(sample(), before)
 

@@ -6,6 +6,7 @@ Images are uint8 ``[N, H, W, C]``, the form in which samples are saved.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from torch.nn import functional as F
 
 SSIM_WINDOW = 11
 NEIGHBOURS = 3  # of precision and recall
+TOGETHER = 16  # images that are compared at once: float64 takes eight times their bytes, and SSIM a dozen times that
+_DISTANCES = 2**26  # between features, computed at once: half a gigabyte
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, the mean over the pairs; infinite when a pair is equal."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return float((10 * torch.log10(255**2 / error)).mean())
+    errors = torch.cat([(x.double() - y.double()).square().flatten(1).mean(1) for x, y in _parts(a, b)])
+    return float((10 * torch.log10(255**2 / errors)).mean())
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
@@ -33,14 +36,22 @@ def ssim(a: Tensor, b: Tensor) -> float:
     def blur(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, gauss.reshape(1, 1, -1, 1)), gauss.reshape(1, 1, 1, -1))
 
-    x, y = (images.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for images in (a, b))
-    mean_x, mean_y = blur(x), blur(y)
-    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).mean().item()
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        x, y = (images.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for images in (a, b))
+        mean_x, mean_y = blur(x), blur(y)
+        variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+        covariance = blur(x * y) - mean_x * mean_y
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+        similar: Tensor = luminance * structure
+        return similar.reshape(len(a), -1).mean(1)
+
+    return float(torch.cat([similarity(*part) for part in _parts(a, b)]).mean())
+
+
+def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(a.split(TOGETHER), b.split(TOGETHER), strict=True)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -68,8 +79,11 @@ def precision_recall(a: Tensor, b: Tensor, neighbours: int = NEIGHBOURS) -> tupl
     """
 
     def covered(points: Tensor, manifold: Tensor) -> float:
-        radii = torch.cdist(manifold, manifold).kthvalue(neighbours + 1).values  # the nearest of all is itself
-        return float((torch.cdist(points, manifold) <= radii).any(1).double().mean())
+        rows = max(1, _DISTANCES // len(manifold))
+        nearest = [torch.cdist(part, manifold).kthvalue(neighbours + 1).values for part in manifold.split(rows)]
+        radii = torch.cat(nearest)  # (the nearest of all is itself)
+        inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(rows)]
+        return float(torch.cat(inside).double().mean())
 
     a, b = a.double(), b.double()
     return covered(a, b), covered(b, a)

@@ -8,6 +8,8 @@ OUT.partial/           while the run is under way
     sensitivity.safetensors  how far errors at each timestep carry, where the recipe asks
     state.safetensors  trained tensors and optimizer moments (the position in its metadata)
     loss.csv           the loss curve
+    packed/            the result, until it is moved
+    whole              says that the result is all there: if it is gone, it was moved
 OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/
 """
 
@@ -38,6 +40,7 @@ from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments
 from bitstep.trajectories.pool import INDEX
 
 LOCK, RUN, POOL, STATE, LOSS, PLAN = "lock", "run.json", "pool", "state.safetensors", "loss.csv", "plan.json"
+PACKED, WHOLE = "packed", "whole"
 
 Loss = tuple[int, int, int, float]
 """Phase, unit, iteration, loss."""
@@ -65,9 +68,11 @@ class RunFolder:
         identity = json.loads(json.dumps(identity))
         if _holds(path) - {LOCK}:
             _check_replaceable(path, [path / RUN, path / LOCK], keep)
-        if resume and not _recorded(path) and _read_identity(out / "run" / RUN) == identity:
+        if resume and _finished(path) and _read_identity(out / "run" / RUN) == identity:
             if path.exists():  # the run was killed while it cleared up
-                cls(path, out, _locked(path)).leave()
+                work = cls(path, out, _locked(path))
+                (work.pool / INDEX).unlink(missing_ok=True)
+                work.leave()
             return None
         if _holds(out):
             if not overwrite:
@@ -154,14 +159,17 @@ class RunFolder:
 
     def publish(self, save: Callable[[Path], object], plan: Mapping[str, Any]) -> None:
         """Have ``save`` write the packed pipeline beside the run, add the run's records, rename it into place."""
-        folder = self.path / "packed"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self.path / PACKED
+        (self.path / WHOLE).unlink(missing_ok=True)
+        for left in (folder, self.path / "replaced"):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         save(folder)
         (folder / "run").mkdir()
         for name in (RUN, LOSS):
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / "run" / name)
         _write_json(folder / "run" / PLAN, plan)
+        (self.path / WHOLE).touch()
         if self.out.exists():
             self.out.rename(self.path / "replaced")
         folder.rename(self.out)
@@ -180,6 +188,11 @@ class RunFolder:
 def _recorded(folder: Path) -> bool:
     """Whether an unfinished run in ``folder`` has recorded anything to go on with."""
     return (folder / POOL / INDEX).exists()
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` has moved its result to where it belongs, or there is no run."""
+    return not _recorded(folder) or ((folder / WHOLE).exists() and not (folder / PACKED).exists())
 
 
 def _holds(folder: Path) -> set[str]:

@@ -7,6 +7,7 @@ may observe or quantize it, or by a kernel for attention of quantized operands.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 OPERANDS = ("query", "key", "value", "probability")
 
@@ -74,7 +74,8 @@ def _attend(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    logits = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    # scaled before the product, which half precision might not hold
+    logits = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if attn_mask is not None:
@@ -83,31 +84,48 @@ def _attend(
     return transform("probability", probability) @ value
 
 
-def intercept(module: nn.Module, instead: Callable[..., Tensor]) -> tuple[RemovableHandle, RemovableHandle]:
-    """Let ``instead`` stand for ``scaled_dot_product_attention`` under ``module``'s forward; the handles undo it.
+def intercept(module: nn.Module, instead: Callable[..., Tensor]) -> Interception:
+    """Let ``instead`` stand for ``scaled_dot_product_attention`` under ``module``'s forward, until it is removed.
 
     It takes the same arguments. A part of ``module`` in it is copied with the module. A warning says where ``module``
     computes a softmax of its own, as some attention processors of diffusers do.
     """
-    interception = Interception(instead)
-    return (
-        module.register_forward_pre_hook(interception.begin),
-        module.register_forward_hook(interception.end, always_call=True),
-    )
+    interception = Interception(module, instead)
+    module.forward = interception
+    return interception
 
 
-class Interception(TorchFunctionMode):
-    """The owner of the two hooks that :func:`intercept` registers."""
+class Interception:
+    """Stands in for ``module``'s forward method: hooks around it would not run after an interrupt, and leave the mode
+    to whatever is computed next."""
 
+    def __init__(self, module: nn.Module, instead: Callable[..., Tensor]) -> None:
+        self.module, self.instead = module, instead
+        self.replaced = vars(module).get("forward")  # accelerate's, say
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Mode(self.instead):
+            return self._forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self.replaced or partial(type(self.module).forward, self.module)
+
+    def remove(self) -> None:
+        """Give ``module`` its own forward method back."""
+        del self.module.forward
+        if self.replaced is not None:
+            self.module.forward = self.replaced
+
+
+class _Mode(TorchFunctionMode):
     def __init__(self, instead: Callable[..., Tensor]) -> None:
         super().__init__()
         self.instead = instead
-
-    def begin(self, *_: Any) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self, *_: Any) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

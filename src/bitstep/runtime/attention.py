@@ -115,10 +115,10 @@ class PackedAttention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """``scaled_dot_product_attention`` of rounded operands; computes in float32, returns the dtype of ``query``.
+        """``scaled_dot_product_attention`` of operands that are rounded in float32, in the dtype of ``query``.
 
-        The native library takes ``[batch, heads, tokens, width]``, batch, heads and width alike in all three; what has
-        masks, dropout or grouped queries is left to torch.
+        The native library computes in float32. It takes ``[batch, heads, tokens, width]``, batch, heads and width alike
+        in all three; what has masks, dropout or grouped queries is left to torch.
         """
         plain = attn_mask is None and not (dropout_p or is_causal or enable_gqa) and query.ndim == 4
         alike = key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
@@ -153,10 +153,9 @@ class PackedAttention(nn.Module):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether ``module`` has a forward method put in the place of its own (accelerate offloads weights so), or hooks
-    other than those by which its packed attention is computed."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
-    return "forward" in vars(module) or any(
-        not (isinstance(o, Interception) and isinstance(o.instead, PackedAttention)) for o in owners
-    )
+    """Whether ``module`` has hooks, or a forward method in the place of its own (accelerate offloads weights so) other
+    than that by which its packed attention is computed."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, Interception) and isinstance(forward.instead, PackedAttention):
+        forward = forward.replaced
+    return forward is not None or bool(module._forward_pre_hooks or module._forward_hooks)

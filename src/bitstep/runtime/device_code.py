@@ -182,15 +182,15 @@ def add_up(
 ):
     """The end of ``multiply``, bit for bit, for sums in parts."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    known = place < rows * out.to(tl.int64)
+    size = rows.to(tl.int64) * out  # (of one channel, out is a constant without a type)
+    known = place < size
     sample, column = place // out // rows_of_sample, place % out
     zero = tl.load(input_zero_point + sample * scale_stride, mask=known, other=0.0).to(tl.int32) - 128
     result = tl.zeros((BLOCK,), tl.float32)
     for basis in tl.static_range(BASES):
         total = tl.zeros((BLOCK,), tl.int32)
         for split in tl.static_range(SPLITS):
-            part = (split * BASES + basis) * rows * out.to(tl.int64)
-            total += tl.load(parts + part + place, mask=known, other=0)
+            total += tl.load(parts + (split * BASES + basis) * size + place, mask=known, other=0)
         total -= zero * tl.load(weight_sum + basis * out + column, mask=known, other=0)
         result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column, mask=known, other=0.0)
     result *= tl.load(input_scale + sample * scale_stride, mask=known, other=0.0)

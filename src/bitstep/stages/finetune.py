@@ -70,8 +70,9 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
             with nullcontext() if state.at_once else recomputed(context, phase):
                 while state.iteration < phase.iterations:
                     schedule = _decay(phase, state.iteration)
+                    for module in unit.trained.values():
+                        module.zero_grad()  # what no optimizer holds gets gradients too
                     for optimizer in state.optimizers:
-                        optimizer.zero_grad(set_to_none=True)
                         for group in optimizer.param_groups:
                             group["lr"] = group["peak_lr"] * schedule
                     value = _backward(unit, phase, state)

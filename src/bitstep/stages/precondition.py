@@ -13,7 +13,7 @@ from bitstep.denoiser.calls import run, sample_name, wrapped
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
-from bitstep.stages.generate import Sampling, generate_batch, latent_type
+from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import Student
 from bitstep.trajectories.pool import Pool
@@ -74,12 +74,12 @@ def precondition(
             tables.out[step], tables.skip[step] = (1.0, 0.0) if averaged is None else fit(known, averaged)
 
     if averaged is None:
-        expected = finished(source, source.denoiser, **sampling)
+        expected = finished(source, source.denoiser, batch_size, **sampling)
         errors: dict[float | None, float] = {}
         for candidate in (None, *AVERAGED):
             progress(steps * (2 + len(errors)), total)
             put(candidate)
-            error = (finished(source, denoiser, **sampling) - expected).square().flatten(1).mean(1)
+            error = (finished(source, denoiser, batch_size, **sampling) - expected).square().flatten(1).mean(1)
             errors[candidate] = float(error.log().mean())
         averaged = min(errors, key=errors.__getitem__)
         progress(total, total)
@@ -87,8 +87,10 @@ def precondition(
     return tables
 
 
-def finished(source: Source, denoiser: nn.Module, **sampling: Unpack[Sampling]) -> Tensor:
+def finished(source: Source, denoiser: nn.Module, batch_size: int, **sampling: Unpack[Sampling]) -> Tensor:
     """What ``IMAGES`` trajectories of the pipeline end with when ``denoiser`` answers in the place of its own."""
+    pipeline = source.pipeline
+    sample = partial(generate_batch, pipeline, output_type=latent_type(pipeline), **sampling)
     own = denoiser is source.denoiser
     with nullcontext() if own else wrapped(source.denoiser, "forward", lambda _: partial(denoiser)):
-        return generate_batch(source.pipeline, range(IMAGES), output_type=latent_type(source.pipeline), **sampling)
+        return torch.cat([sample(numbers) for numbers in batches(IMAGES, batch_size)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstep.denoiser.attention import OPERANDS, attend, intercept
+from bitstep.denoiser.attention import OPERANDS, Interception, attend, intercept
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.layers import channel_axis, input_of
 from bitstep.numerics.uniform import RangeMethod, search_range
@@ -93,12 +93,12 @@ def observe(
             keep(f"{name}.{operand}", x.float().reshape(1, -1))
         return x
 
-    handles: list[RemovableHandle] = []
+    handles: list[RemovableHandle | Interception] = []
     for name in names:
         hook = partial(keep_input, name)
         handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     for name in attention:
-        handles.extend(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
+        handles.append(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
     try:
         for row in range(steps):
             for indices in pool.indices_at(row)[:images].split(batch_size):

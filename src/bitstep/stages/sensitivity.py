@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import first_tensor, timestep_of, wrapped
 from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
-from bitstep.stages.generate import Sampling, generate_batch, latent_type
+from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
 from bitstep.stages.load import Source
 
 IMAGES = 4
@@ -37,32 +37,35 @@ def sensitivity(
     source: Source,
     timesteps: Tensor,
     *,
+    batch_size: int = IMAGES,
     progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Tensor:
     """s at each of ``timesteps`` (ascending), float32 ``[len(timesteps)]``.
 
-    Measured on ``IMAGES`` trajectories of at most ``STEPS`` steps, and between their timesteps interpolated in log s.
-    The steps before the disturbed one are answered from memory.
+    Measured on ``IMAGES`` trajectories of at most ``STEPS`` steps, ``batch_size`` at a time, and between their
+    timesteps interpolated in log s. The steps before the disturbed one are answered from memory.
     """
     sampling["steps"] = min(STEPS, sampling["steps"])
-    numbers = range(IMAGES)
-
-    def sample() -> Tensor:
-        return generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
-
-    recording = _Recording()
-    with _answering(source.denoiser, recording):
-        undisturbed = sample()
     found: dict[float, list[float]] = {}
-    for number, timestep in enumerate(recording.timesteps):
-        progress(number, len(recording.timesteps))
-        disturbing = _Disturbing(recording.outputs, number, sampling["seed"])
-        with _answering(source.denoiser, disturbing):
-            change = sample() - undisturbed
-        ratio = change.square().mean() / disturbing.size
-        found.setdefault(timestep, []).append(float(ratio))
-    progress(len(recording.timesteps), len(recording.timesteps))
+    parts = batches(IMAGES, batch_size)
+    for part, numbers in enumerate(parts):
+
+        def sample(numbers: range = numbers) -> Tensor:
+            return generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
+
+        recording = _Recording()
+        with _answering(source.denoiser, recording):
+            undisturbed = sample()
+        calls = len(recording.timesteps)
+        for number, timestep in enumerate(recording.timesteps):
+            progress(part * calls + number, len(parts) * calls)
+            disturbing = _Disturbing(recording.outputs, number, sampling["seed"])
+            with _answering(source.denoiser, disturbing):
+                change = sample() - undisturbed
+            ratios = change.square().flatten(1).mean(1) / disturbing.size
+            found.setdefault(timestep, []).extend(ratios.tolist())
+        progress((part + 1) * calls, len(parts) * calls)
     known = sorted(found)
     logs = [math.log(max(fmean(found[timestep]), 1e-12)) for timestep in known]
     return torch.from_numpy(np.exp(np.interp(timesteps.double().numpy(), known, logs))).float()

@@ -151,7 +151,7 @@ class Recorder:
 
     def _find_batched(self) -> dict[str, int]:
         """The tensors whose first dimension is the batch, and their shares: those with which one row can be run by
-        itself, twice.
+        itself, or twice where it is the only one.
 
         Length alone does not tell (position ids of 16 tokens in a batch of 16). In a packed model sums in another order
         may change a code, and all that follows from it; there the best of all choices is taken.
@@ -163,11 +163,13 @@ class Recorder:
             with torch.no_grad():
                 return run(self._denoiser, Call(put_together(self._skeleton, tensors)).to(device)).cpu()
 
-        def twice(tensor: Tensor, share: int) -> Tensor:
-            return torch.cat([tensor[-share:]] * 2)
-
         output = computed(leaves)  # once more: the recorded one may have been computed in another precision
-        expected = twice(output, 1)
+        other = 2 if len(output) == 1 else 1  # number of rows
+
+        def last(tensor: Tensor, share: int) -> Tensor:
+            return torch.cat([tensor[-share:]] * other)
+
+        expected = last(output, 1)
         shares = {
             name: len(tensor) // len(output)
             for name, tensor in leaves.items()
@@ -180,7 +182,7 @@ class Recorder:
             for names in itertools.combinations(candidates, kept):
                 batched = {name: shares[name] for name in names}
                 try:
-                    alone = computed({n: twice(t, batched[n]) if n in batched else t for n, t in leaves.items()})
+                    alone = computed({n: last(t, batched[n]) if n in batched else t for n, t in leaves.items()})
                 except (BitstepError, RuntimeError, ValueError, IndexError):
                     continue  # the shapes do not fit together: this was not the batch dimension
                 if alone.shape != expected.shape:
