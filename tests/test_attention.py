@@ -23,7 +23,7 @@ from bitstep.checkpoint import PackedOperands, pack_model
 from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.calls import run
 from bitstep.errors import BitstepError
-from bitstep.methods.base import Activations, AttentionOperands, Method
+from bitstep.methods.base import Activations, AttentionOperands, Calibration, Method
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.attention import AttentionFormat, PackedAttention, attention
 from bitstep.runtime.dispatch import set_backend
@@ -128,6 +128,30 @@ def student(name: str, per_step: bool = True) -> tuple[Student, Any]:
         name="rounding", activations=Activations(per_step=per_step), attention=AttentionOperands(quantized=True)
     )
     return prepare(source.denoiser, pool, method, weight_bits=8, activation_bits=4), pool
+
+
+def test_attention_sample_by_sample_stays_in_floating_point() -> None:
+    """As Mochi's: its rows of the tables cannot be told."""
+
+    class OneByOne:
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+            text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            projected = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+            samples = zip(*(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).split(1) for x in projected), strict=True)
+            mixed = torch.cat([F.scaled_dot_product_attention(*sample) for sample in samples])
+            return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+    pipeline = build("stable_diffusion")
+    pipeline.unet.set_attn_processor(OneByOne())
+    # three images in batches of two rows each, and a last one
+    pool = next(stream(Source("one by one", pipeline), images=3, batch_size=3, steps=3, seed=0, guidance_scale=1.0))
+    method = Method(name="rounding", attention=AttentionOperands(quantized=True))
+    method = method.model_copy(update={"calibration": Calibration(batch_size=2)})
+    with pytest.warns(UserWarning, match="compute attention sample by sample"):
+        fitted = prepare(pipeline.unet, pool, method, weight_bits=8, activation_bits=4)
+    assert not fitted.plan.attention
+    call, _ = pool.batch([0, 4, 8])
+    assert bool(run(fitted.denoiser, call).isfinite().all())
 
 
 def test_a_processor_that_goes_round_the_quantizers_is_noticed() -> None:

@@ -164,7 +164,7 @@ def test_what_the_scheduler_is_not_given_does_not_count() -> None:
 
 def test_a_pipeline_that_needs_an_image_after_all_is_refused() -> None:
     edits = StableDiffusionImg2ImgPipeline(**build("stable_diffusion").components)
-    with pytest.raises(BitstepError, match=r"cannot run StableDiffusionImg2ImgPipeline on noise: .*text-to-image"):
+    with pytest.raises(BitstepError, match=r"Img2ImgPipeline failed on noise, in 2 steps: .*text-to-image"):
         next(generate(edits, images=1, batch_size=1, steps=2, seed=0))
 
 

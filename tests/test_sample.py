@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDIMScheduler
 from PIL import Image
 from pipelines import FRAMES, build
 from torch import nn
@@ -86,6 +86,38 @@ def test_a_video_is_a_strip_of_its_frames() -> None:
     for frame, columns in ((first, slice(8)), (last, slice(-8, None))):
         torch.testing.assert_close(strips[0, :, columns].float(), frame.round(), atol=1, rtol=0)
     assert grid(strips).size == (FRAMES * 8, 2 * 8)  # one below the other
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"), [("stable_diffusion", "16x24", (24, 16)), ("animatediff", "16x8x3", (8, 3 * 16))]
+)
+def test_sizes(name: str, size: str, shape: tuple[int, int]) -> None:
+    assert sample(build(name), num=1, batch_size=1, steps=2, seed=0, size=size).shape == (1, *shape, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "why"),
+    [
+        (
+            "stable_diffusion",
+            "16",
+            "a size is WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES, in whole numbers above 0: got '16'",
+        ),
+        ("stable_diffusion", "16x0", "got '16x0'"),
+        ("stable_diffusion", "16x16x3", "StableDiffusionPipeline takes no num_frames"),
+        ("ddim", "16x16", "DDIMPipeline takes no height, width"),
+    ],
+)
+def test_sizes_that_are_none(name: str, size: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        sample(build(name), num=1, batch_size=1, steps=2, seed=0, size=size)
+
+
+def test_a_pipeline_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = build("ddim")
+    monkeypatch.delattr(DDIMScheduler, "set_timesteps")
+    with pytest.raises(BitstepError, match=r"DDIMPipeline failed on noise, in 2 steps: .*set_timesteps"):
+        sample(pipeline, num=1, batch_size=1, steps=2, seed=0)
 
 
 def test_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 16,
     prompts: str | Path | None = None,
+    size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -55,7 +56,7 @@ def sample(
         num=num,
         batch_size=batch_size,
         progress=progress,
-        **_sampling(model, steps, seed, read_prompts(prompts)),
+        **_sampling(model, steps, seed, prompts, size),
     )
     if path:
         save(images, path)
@@ -73,6 +74,7 @@ def evaluate(
     features: str | Path | None = None,
     tile: int | None = None,
     prompts: str | Path | None = None,
+    size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -95,7 +97,7 @@ def evaluate(
         batch_size=batch_size,
         features=features,
         progress=progress,
-        **_sampling(model, steps, seed, read_prompts(prompts)),
+        **_sampling(model, steps, seed, prompts, size),
     )
 
 
@@ -109,6 +111,7 @@ def report(
     seed: int = 0,
     batch_size: int = 16,
     prompts: str | Path | None = None,
+    size: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Path:
@@ -125,7 +128,7 @@ def report(
         raise UsageError("there is nothing to report on: give at least one packed folder")
     for model in models:
         packed_manifest(model)  # refuses what is not packed before anything is sampled
-    sampling = _sampling(models[0], steps, seed, read_prompts(prompts))
+    sampling = _sampling(models[0], steps, seed, prompts, size)
     reference = None
     if against is not None:
         full = load(against, device=device)
@@ -178,8 +181,9 @@ def _load(source: str | Path, device: str, backend: str | None) -> Source:
     return model
 
 
-def _sampling(model: Source, steps: int | None, seed: int, prompts: Sequence[str] | None) -> Sampling:
-    return {"steps": steps or default_steps(model.pipeline), "seed": seed, "prompts": prompts}
+def _sampling(model: Source, steps: int | None, seed: int, prompts: str | Path | None, size: str | None) -> Sampling:
+    number = steps or default_steps(model.pipeline)
+    return {"steps": number, "seed": seed, "prompts": read_prompts(prompts), "size": size}
 
 
 def _side_by_side(panels: dict[str, Tensor], path: Path) -> None:

@@ -40,6 +40,12 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not 
 Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt a line; built-in ones if not given.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WIDTHxHEIGHT[xFRAMES]", help="Of the pictures or videos; the pipeline's own default if not given."
+    ),
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option(
@@ -118,6 +124,7 @@ def sample(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
+    size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
 ) -> None:
@@ -133,6 +140,7 @@ def sample(
             out=out,
             batch_size=batch_size,
             prompts=prompts,
+            size=size,
             backend=backend,
             device=device,
             progress=progress,
@@ -178,6 +186,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="The real images are mosaics of tiles this many pixels wide.")
     ] = None,
     prompts: Prompts = None,
+    size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
@@ -196,6 +205,7 @@ def evaluate(
             features=features,
             tile=tile,
             prompts=prompts,
+            size=size,
             backend=backend,
             device=device,
             progress=progress,
@@ -218,6 +228,7 @@ def benchmark(
     ] = None,
     batch_size: BatchSize = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
+    size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
@@ -235,6 +246,7 @@ def benchmark(
             against=baselines or ("fp32", "bf16"),
             batch_size=batch_size,
             rounds=rounds,
+            size=size,
             backend=backend,
             device=device,
             progress=progress,
@@ -256,6 +268,7 @@ def report(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
+    size: Size = None,
     device: Device = "cpu",
 ) -> None:
     """Show packed pipelines side by side on one page: size, kernels, step sizes over time, pictures, errors."""
@@ -271,6 +284,7 @@ def report(
             seed=seed,
             batch_size=batch_size,
             prompts=prompts,
+            size=size,
             device=device,
             progress=progress,
         )

@@ -125,6 +125,7 @@ def _fit(
         "prompts": prompts,
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
+        "size": calibration.size,
     }
     with report.bar("record trajectories") as update:
         amount: dict[str, Any] = {"images": calibration.images, "batch_size": calibration.batch_size}
@@ -227,7 +228,12 @@ class _Report:
             def update(done: int, total: int, note: str = "") -> None:
                 progress.update(task, completed=done, total=total, note=note)
 
-            yield update
+            try:
+                yield update
+            except BaseException:  # what is left to say is one line
+                progress.live.transient = True
+                self._console.quiet |= not self._console.is_terminal
+                raise
 
 
 def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:

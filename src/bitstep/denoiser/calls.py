@@ -55,7 +55,10 @@ def first_tensor(output: Any) -> Tensor:
     """The tensor that a denoiser returned, as it is or first in a tuple or an output object."""
     tensor = output if isinstance(output, Tensor) else output[0]
     if not isinstance(tensor, Tensor):
-        raise BitstepError(f"expected a denoiser that returns a tensor, got {type(tensor).__name__}")
+        raise BitstepError(
+            f"expected a denoiser that returns a tensor, got a {type(tensor).__name__}: those that take and return one "
+            "tensor a sample cannot be quantized"
+        )
     return tensor
 
 

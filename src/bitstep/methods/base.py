@@ -164,6 +164,7 @@ class Calibration(Slot):
 
     bf16: record the trajectories with the teacher in bfloat16.
     eta: noise of a DDIM sampler, None for the pipeline's default. guidance_scale: likewise.
+    size: of the pictures, WIDTHxHEIGHT, or of the videos, WIDTHxHEIGHTxFRAMES; None for the pipeline's default.
     range_images: how many of them set the activation ranges.
     """
 
@@ -173,6 +174,7 @@ class Calibration(Slot):
     bf16: bool = False
     eta: NonNegativeFloat | None = None
     guidance_scale: NonNegativeFloat | None = None
+    size: str | None = None
     range_images: PositiveInt = 16
 
 

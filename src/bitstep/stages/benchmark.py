@@ -37,7 +37,7 @@ from bitstep.runtime.dispatch import kernels_in_use, named, set_backend
 from bitstep.slots import nearest
 from bitstep.stages.calibrate import record
 from bitstep.stages.evaluate import check_comparable
-from bitstep.stages.generate import FEW_STEPS
+from bitstep.stages.generate import FEW_STEPS, Sampling
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
@@ -54,6 +54,7 @@ def benchmark(
     against: str | Sequence[str] = ("fp32", "bf16"),
     batch_size: int = 1,
     rounds: int = 20,
+    size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -64,6 +65,7 @@ def benchmark(
 
     against: precisions (``fp32``, ``bf16``, ``fp16``) of eager PyTorch, names of :data:`bitstep.stages.peers.PEERS`,
         and folders of other packed pipelines, say of other widths
+    size: of the pictures or videos, WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES; None for the pipeline's own
 
     Returns a dictionary:
 
@@ -80,12 +82,13 @@ def benchmark(
     if backend is not None:
         named(backend)
     source = _packed(directory)
+    sampling: Sampling = {"steps": FEW_STEPS, "seed": 0, "size": size}
     others = {name: _packed(name) for name in against if _is_folder(name)}
     if others:
-        check_comparable(list(others.values()), source, steps=FEW_STEPS, seed=0)
+        check_comparable(list(others.values()), source, **sampling)
     packed = {PACKED: source} | others
     with tempfile.TemporaryDirectory() as calls, ExitStack() as stack:
-        record(source, calls, images=batch_size, batch_size=batch_size, steps=FEW_STEPS, seed=0)
+        record(source, calls, images=batch_size, batch_size=batch_size, **sampling)
         tasks = [
             Task(name, str(component_folder(packed.get(name, source))), name in packed, calls, backend, device)
             for name in (PACKED, *dict.fromkeys(against))

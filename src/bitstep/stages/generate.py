@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -36,6 +37,8 @@ PROMPTS = (
 )
 
 DENOISERS = ("unet", "transformer")
+
+_SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)(x[1-9]\d*)?")
 
 FEW_STEPS = 4
 """For a look at what a pipeline computes: not all schedules can be done in one step (PNDM's and Mochi's cannot)."""
@@ -80,7 +83,8 @@ class Sampling(TypedDict):
 
     Initial noise, noise added by the sampler, class label and prompt of an image depend on (seed, number) alone.
     ``prompts`` are taken in turn; without any a small built-in list serves. ``guidance_scale`` None is the pipeline's
-    own. ``eta`` overrides the sampler's where it has one (DDIM); others keep their own noise.
+    own. ``eta`` overrides the sampler's where it has one (DDIM); others keep their own noise. ``size`` is WIDTHxHEIGHT
+    in pixels, of videos WIDTHxHEIGHTxFRAMES; None for the pipeline's own.
     """
 
     steps: int
@@ -88,6 +92,16 @@ class Sampling(TypedDict):
     prompts: NotRequired[Sequence[str] | None]
     guidance_scale: NotRequired[float | None]
     eta: NotRequired[float | None]
+    size: NotRequired[str | None]
+
+
+def read_size(size: str | None) -> dict[str, int]:
+    """What a pipeline is told of a ``size``, by the names of its parameters."""
+    if size is None:
+        return {}
+    if not _SIZE.fullmatch(size):
+        raise UsageError(f"a size is WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES, in whole numbers above 0: got {size!r}")
+    return dict(zip(("width", "height", "num_frames"), map(int, size.split("x")), strict=False))
 
 
 def generate(
@@ -105,17 +119,19 @@ def generate_batch(
 
     With ``output_type`` "latent" pipelines that can do so leave the decoder out, with "pt" they return pictures.
 
-    Raises UsageError for prompts or guidance given to a pipeline that takes none, and for more steps than its schedule
-    has, BitstepError for a pipeline that needs other input (an image, say).
+    Raises UsageError for prompts, guidance or a size given to a pipeline that takes none, and for more steps than its
+    schedule has, BitstepError for a pipeline that needs other input (an image, say) or fails.
     """
     seed, prompts = sampling["seed"], sampling.get("prompts")
-    guidance_scale = sampling.get("guidance_scale")
+    guidance_scale, size = sampling.get("guidance_scale"), read_size(sampling.get("size"))
     name = type(pipeline).__name__
     parameters = inspect.signature(pipeline.__call__).parameters
     if prompts is not None and "prompt" not in parameters:
         raise UsageError(f"{name} takes no prompts")
     if guidance_scale is not None and "guidance_scale" not in parameters:
         raise UsageError(f"{name} takes no guidance scale")
+    if untaken := size.keys() - parameters.keys():
+        raise UsageError(f"{name} takes no {', '.join(sorted(untaken))}: leave it out of the size")
     longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
     if sampling["steps"] > longest:
         raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")
@@ -132,6 +148,7 @@ def generate_batch(
     if classes := _classes(pipeline):
         offered["class_labels"] = lambda: [_label(seed, number, classes) for number in numbers]
     arguments = {parameter: make() for parameter, make in offered.items() if parameter in parameters}
+    arguments |= size
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
     missing = [
@@ -148,13 +165,15 @@ def generate_batch(
     with wrapped(pipeline.scheduler, "step", lambda step: _seeded(step, generators, sampling.get("eta"))):
         try:
             return _as_tensor(pipeline(**arguments)[0])
-        except (TypeError, ValueError) as error:
-            if "image" not in parameters:
-                raise
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             # by its signature an image may be left out, but not every pipeline can do without
+            advice = (
+                "; where it needs an image, load its components as the text-to-image pipeline of its kind"
+                if "image" in parameters
+                else ""
+            )
             raise BitstepError(
-                f"cannot run {name} on noise: {first_line(error)}; where it needs an image, load its "
-                "components as the text-to-image pipeline of its kind"
+                f"{name} failed on noise, in {sampling['steps']} steps: {first_line(error)}{advice}"
             ) from error
 
 

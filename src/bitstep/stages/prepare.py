@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def prepare(
     if names or sites:
         amount = {"images": method.calibration.range_images, "batch_size": method.calibration.batch_size}
         observed = observe(teacher, pool, names, attention=sites, progress=progress, **amount)
+        decided = _with_known_attention(decided, observed)
     stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
@@ -105,6 +107,14 @@ def prepare(
     cursor.attach(student)
     rewritten = {name: statistics(stretch, observed[name].channel_range) for name, stretch in stretches.items()}
     return Student(student, layers, decided, structure, cursor, attention, rewritten, folded)
+
+
+def _with_known_attention(plan: Plan, observed: Mapping[str, Observed]) -> Plan:
+    """``plan`` without the attention whose operands could not be observed."""
+    known = tuple(site for site in plan.attention if f"{site.name}.{OPERANDS[0]}" in observed)
+    if left := len(plan.attention) - len(known):
+        warnings.warn(f"{left} modules compute attention sample by sample: it stays in floating point", stacklevel=2)
+    return replace(plan, attention=known)
 
 
 def _decide(

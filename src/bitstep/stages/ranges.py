@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstep.denoiser.attention import OPERANDS, Interception, attend, intercept
-from bitstep.denoiser.calls import run
+from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.layers import channel_axis, input_of
 from bitstep.numerics.uniform import RangeMethod, search_range
 from bitstep.progress import Progress, silent
@@ -63,7 +63,8 @@ def observe(
     progress: Progress = silent,
 ) -> dict[str, Observed]:
     """Inputs of the named layers at every key timestep, and under ``MODULE.OPERAND`` the operands of the attention that
-    the modules ``attention`` compute; of what runs several times in a forward pass, the first.
+    the modules ``attention`` compute; of what runs several times in a forward pass, the first. Attention that is
+    computed sample by sample is left out: it does not tell which sample's.
 
     The denoiser runs on the recorded calls of ``images`` trajectories, ``batch_size`` of them at a time.
     """
@@ -72,6 +73,8 @@ def observe(
     parts: dict[str, list[Observed]] = {}  # of one timestep
     runs: Counter[str] = Counter()  # in one forward pass
     row = 0
+    call: Call
+    apart: set[str] = set()  # modules that compute attention sample by sample
 
     def keep(name: str, x: Tensor) -> None:
         """``x``: ``[channels, n]``."""
@@ -89,6 +92,8 @@ def observe(
 
     def keep_operand(name: str, operand: str, x: Tensor) -> Tensor:
         runs[name] += operand == OPERANDS[0]
+        if len(x) % len(call.timestep):
+            apart.add(name)
         if runs[name] == 1:  # (probabilities may come in pieces)
             keep(f"{name}.{operand}", x.float().reshape(1, -1))
         return x
@@ -112,7 +117,8 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _stacked(rows) for name, rows in observed.items()}
+    left_out = {f"{name}.{operand}" for name in apart for operand in OPERANDS}
+    return {name: _stacked(rows) for name, rows in observed.items() if name not in left_out}
 
 
 def _together(parts: list[Observed]) -> Observed:
