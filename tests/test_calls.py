@@ -11,6 +11,7 @@ from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, run, wrapped
+from bitstep.denoiser.steps import StepGrid
 from bitstep.errors import BitstepError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate_batch
@@ -62,6 +63,34 @@ def test_small_batches_tell_what_has_a_batch_dimension(name: str, images: int) -
     pool = next(stream(given, images=images, batch_size=images, steps=3, seed=0, guidance_scale=guidance_scale))
     call, target = pool.batch(range(3))
     torch.testing.assert_close(run(given.denoiser, call), target, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_sample_may_have_a_timestep_for_every_token() -> None:
+    """As in Wan 2.2; those of a first picture that is given are 0."""
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(1))
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return sample * timestep
+
+    class Scheduler:
+        def step(self, model_output: Tensor) -> Tensor:
+            return model_output
+
+    denoiser, scheduler, x = Denoiser(), Scheduler(), torch.randn(2, 3)
+    with Recorder(denoiser, scheduler, 2) as recorder:
+        for t in (8.0, 4.0):
+            scheduler.step(denoiser(x, torch.tensor([[0.0, t, t]] * 2)))
+    pool = Pool([recorder.shard()], 10)
+    assert pool.timesteps.tolist() == [4, 8]
+    call, target = pool.batch([0, 3])
+    assert call.timestep.tolist() == [8, 4]
+    assert torch.equal(run(denoiser, call), target)
+    assert StepGrid((0.4, 0.8), 10.0).locate(call.arguments["timestep"]).lower.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("name", GUIDANCE)

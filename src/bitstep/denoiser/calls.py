@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.steps import TIMESTEP_NAMES
+from bitstep.denoiser.steps import TIMESTEP_NAMES, of_samples
 from bitstep.errors import BitstepError
 
 
@@ -25,8 +25,7 @@ class Call:
     @property
     def timestep(self) -> Tensor:
         """One timestep per row of the batch, ``[batch]``."""
-        timestep: Tensor = self.arguments[timestep_name(self.arguments)]
-        return timestep
+        return of_samples(self.arguments[timestep_name(self.arguments)])
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -75,11 +75,12 @@ class StepGrid:
         return len(self.keys)
 
     def locate(self, timestep: Tensor | float) -> Position:
-        """Rows for one timestep (scalar) or one per sample ``[batch]``; outside the keys the nearest row is used.
+        """Rows for one timestep (scalar), one per sample ``[batch]``, or several of each (:func:`of_samples`); outside
+        the keys the nearest row is used.
 
         On an accelerator the check that the schedule can contain them is left out: it would wait for the device.
         """
-        t = torch.as_tensor(timestep).reshape(-1).double() / self.unit
+        t = of_samples(torch.as_tensor(timestep)).reshape(-1).double() / self.unit
         least, most = min(0.0, self.keys[0]), max(1.0, self.keys[-1])
         if t.device.type == "cpu" and bool(((t < least - _MARGIN) | (t > most + _MARGIN) | t.isnan()).any()):
             raise StepError(f"timestep {timestep} lies outside [{least * self.unit:g}, {most * self.unit:g}]")
@@ -93,6 +94,12 @@ class StepGrid:
         if t.device.type == "cpu" and torch.equal(lower, upper):
             return Position(lower, upper, None)
         return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
+
+
+def of_samples(timestep: Tensor) -> Tensor:
+    """Of several timesteps a sample ``[batch, n]`` (Wan 2.2 has one for every token) the largest: those of pictures
+    that are given are 0. Other shapes as they are."""
+    return timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep
 
 
 @lru_cache(maxsize=64)

@@ -322,13 +322,13 @@ def _layer_info(
 
 def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:
     """``call`` with another sample, and with other timesteps within the schedule."""
-    name, timestep = sample_name(denoiser), call.timestep
-    sample = call.arguments[name]
+    name, time = sample_name(denoiser), timestep_name(call.arguments)
+    sample, timestep = call.arguments[name], call.arguments[time]
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
     halved = torch.where(timestep > 0, timestep / 2, 1).to(timestep)
     return (
         Call({**call.arguments, name: sample + noise}),
-        Call({**call.arguments, timestep_name(call.arguments): halved}),
+        Call({**call.arguments, time: halved}),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, by_name, first_tensor, put_together, run, take_apart, timestep_name, wrapped
+from bitstep.denoiser.steps import of_samples
 from bitstep.errors import BitstepError
 
 OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide
@@ -49,8 +50,8 @@ class Shard:
     def timesteps(self) -> Tensor:
         """``[calls, rows]``"""
         name = f"call.{timestep_name(self.skeleton['dict'])}"
-        timesteps = self.tensors[name]
-        return timesteps if name in self.varying else timesteps.expand(len(self.tensors[OUTPUT]), -1)
+        calls = self.tensors[name] if name in self.varying else [self.tensors[name]] * len(self.tensors[OUTPUT])
+        return torch.stack(list(map(of_samples, calls)))
 
 
 class Recorder:
@@ -109,14 +110,14 @@ class Recorder:
         arguments = by_name(denoiser.forward, args, kwargs)
         name = timestep_name(arguments)
         timestep = torch.as_tensor(arguments[name])
-        if timestep.ndim > 1 or timestep.numel() not in (1, rows):
+        if len(timestep) != rows if timestep.ndim > 1 else timestep.numel() not in (1, rows):
             raise BitstepError(f"expected one timestep per sample of the batch of {rows}, got {list(timestep.shape)}")
         if not bool(result.isfinite().all()):
             raise BitstepError(
                 f"the output of {type(self._denoiser).__name__} at timestep {timestep.flatten()[0].item():g} is not "
                 "finite (NaN or infinity): check its weights, or load it in float32"
             )
-        arguments[name] = timestep.reshape(-1).expand(rows)
+        arguments[name] = timestep if timestep.ndim > 1 else timestep.reshape(-1).expand(rows)
         leaves: dict[str, Tensor] = {}
         skeleton = take_apart(arguments, "call", leaves)
         shapes = {n: tensor.shape for n, tensor in leaves.items()}
@@ -196,7 +197,11 @@ class Recorder:
             error, batched = min(found, key=lambda candidate: candidate[0])
             if error < SAME_ROW:
                 return batched
-        raise BitstepError(f"no row of a batch of {type(self._denoiser).__name__} can be computed by itself")
+        shapes = ", ".join(f"{name.removeprefix('call.')} {list(tensor.shape)}" for name, tensor in leaves.items())
+        raise BitstepError(
+            f"no row of a batch of {type(self._denoiser).__name__} can be computed by itself: expected arguments whose "
+            f"first dimension is the batch, or that all rows share; got {shapes}"
+        )
 
 
 def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:
