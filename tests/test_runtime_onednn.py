@@ -47,7 +47,7 @@ def test_the_largest_products_do_not_saturate() -> None:
     packed.weight.codes.zero_()  # every weight is -128 steps
     module = filled(layer, packed)
     y, reference = outputs(module, torch.full((1, 256, 4, 4), 1e30))
-    # the reference adds 2,304 products in float32, in an order that is the processor's; words of 16 bits would lose half
+    # the reference adds 2,304 products in float32, in the processor's own order; words of 16 bits would lose half
     torch.testing.assert_close(y, reference, rtol=2304 * torch.finfo(torch.float32).eps, atol=0)
 
 
