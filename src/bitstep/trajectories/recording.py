@@ -109,15 +109,15 @@ class Recorder:
         rows = len(result)
         arguments = by_name(denoiser.forward, args, kwargs)
         name = timestep_name(arguments)
-        timestep = torch.as_tensor(arguments[name])
-        if len(timestep) != rows if timestep.ndim > 1 else timestep.numel() not in (1, rows):
+        timestep = torch.atleast_1d(torch.as_tensor(arguments[name]))
+        if len(timestep) not in (1, rows):
             raise BitstepError(f"expected one timestep per sample of the batch of {rows}, got {list(timestep.shape)}")
         if not bool(result.isfinite().all()):
             raise BitstepError(
                 f"the output of {type(self._denoiser).__name__} at timestep {timestep.flatten()[0].item():g} is not "
                 "finite (NaN or infinity): check its weights, or load it in float32"
             )
-        arguments[name] = timestep if timestep.ndim > 1 else timestep.reshape(-1).expand(rows)
+        arguments[name] = timestep.expand(rows, *timestep.shape[1:])
         leaves: dict[str, Tensor] = {}
         skeleton = take_apart(arguments, "call", leaves)
         shapes = {n: tensor.shape for n, tensor in leaves.items()}
