@@ -89,7 +89,7 @@ def test_interception_ends_with_the_forward_pass_even_a_failing_one(failure: typ
         def forward(self, fail: bool = False) -> Tensor:
             result = F.scaled_dot_product_attention(*operands())
             if fail:
-                raise failure
+                raise failure("it failed")
             return result
 
     seen: list[str] = []
@@ -104,7 +104,7 @@ def test_interception_ends_with_the_forward_pass_even_a_failing_one(failure: typ
     assert inspect.signature(site.forward) == inspect.signature(Site().forward)
     torch.testing.assert_close(site(), 2 * expected)
     assert tuple(seen) == (*OPERANDS[:3], "probability")
-    with pytest.raises(failure):
+    with pytest.raises(failure, match="it failed"):
         site(fail=True)
     seen.clear()
     F.scaled_dot_product_attention(*operands())

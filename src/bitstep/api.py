@@ -45,8 +45,8 @@ def sample(
 ) -> Tensor:
     """Images number 0..num-1 of ``source``, uint8 ``[num, H, W, C]``, also written to ``out`` (.png grid or .npz).
 
-    The same seed gives the same noise for every model, image by image. ``steps`` None is the pipeline's default;
-    ``backend`` forces one kernel for every packed layer.
+    The same seed gives the same noise for every model, image by image. ``steps`` and ``size`` (WIDTHxHEIGHT, of
+    videos WIDTHxHEIGHTxFRAMES) None are the pipeline's default; ``backend`` forces one kernel for every packed layer.
     """
     at_least(1, num=num, steps=steps, batch_size=batch_size)
     path = None if out is None else check_path(Path(out), "images", SAVED)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +136,8 @@ def _fit(
     distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
         with report.bar("measure how far errors carry") as update:
-            amount = {"batch_size": calibration.batch_size}
-            measure = partial(sensitivity, source, pool.timesteps, progress=update, **amount, **sampling)
-            found = work.once("sensitivity", measure)
+            amount = {"batch_size": calibration.batch_size, "progress": update}
+            found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, **amount, **sampling))
         importance = found**emphasis
     with report.bar("calibrate activation ranges") as update:
         widths: dict[str, Any] = {"weight_bits": recipe.weight_bits, "activation_bits": recipe.activation_bits}

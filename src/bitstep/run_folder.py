@@ -159,9 +159,9 @@ class RunFolder:
 
     def publish(self, save: Callable[[Path], object], plan: Mapping[str, Any]) -> None:
         """Have ``save`` write the packed pipeline beside the run, add the run's records, rename it into place."""
-        folder = self.path / PACKED
+        folder, replaced = self.path / PACKED, self.path / "replaced"
         (self.path / WHOLE).unlink(missing_ok=True)
-        for left in (folder, self.path / "replaced"):  # by a run that was killed here
+        for left in (folder, replaced):  # by a run that was killed here
             shutil.rmtree(left, ignore_errors=True)
         save(folder)
         (folder / "run").mkdir()
@@ -171,7 +171,7 @@ class RunFolder:
         _write_json(folder / "run" / PLAN, plan)
         (self.path / WHOLE).touch()
         if self.out.exists():
-            self.out.rename(self.path / "replaced")
+            self.out.rename(replaced)
         folder.rename(self.out)
         (self.pool / INDEX).unlink(missing_ok=True)  # there is nothing to go on with
 

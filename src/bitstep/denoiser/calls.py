@@ -69,7 +69,7 @@ def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
 def timestep_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The timestep in the arguments of a call of ``forward``, a denoiser's forward."""
     arguments = by_name(forward, args, kwargs)
-    return torch.as_tensor(arguments[timestep_name(arguments)])
+    return of_samples(torch.as_tensor(arguments[timestep_name(arguments)]))
 
 
 def sample_name(denoiser: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.calls import wrapped
 from bitstep.progress import Progress, silent
-from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
+from bitstep.stages.generate import Sampling, batches, generate_latents
 from bitstep.stages.load import Source
 from bitstep.trajectories.pool import Pool, PoolWriter
 from bitstep.trajectories.recording import Recorder, Shard
@@ -69,7 +69,7 @@ def _trajectory(
 ) -> Shard:
     recorder = Recorder(source.denoiser, source.pipeline.scheduler, len(numbers))
     with recorder, _in_bfloat16(source.denoiser) if bf16 else nullcontext():
-        generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
+        generate_latents(source.pipeline, numbers, **sampling)
     return recorder.shard(batched)
 
 

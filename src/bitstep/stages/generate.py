@@ -73,11 +73,6 @@ def batches(images: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
 
 
-def latent_type(pipeline: DiffusionPipeline) -> str:
-    """The ``output_type`` that ends where the denoiser does: no decoding where there is a decoder."""
-    return "latent" if "vae" in pipeline.components else "pt"
-
-
 class Sampling(TypedDict):
     """What a picture depends on besides its number.
 
@@ -175,6 +170,12 @@ def generate_batch(
             raise BitstepError(
                 f"{name} failed on noise, in {sampling['steps']} steps: {first_line(error)}{advice}"
             ) from error
+
+
+def generate_latents(pipeline: DiffusionPipeline, numbers: Sequence[int], **sampling: Unpack[Sampling]) -> Tensor:
+    """:func:`generate_batch` that ends where the denoiser does: no decoding where there is a decoder."""
+    output_type = "latent" if "vae" in pipeline.components else "pt"
+    return generate_batch(pipeline, numbers, output_type=output_type, **sampling)
 
 
 def _seeded(step: Callable[..., Any], generators: list[torch.Generator], eta: float | None) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from bitstep.denoiser.calls import run, sample_name, wrapped
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
-from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
+from bitstep.stages.generate import Sampling, batches, generate_latents
 from bitstep.stages.load import Source
 from bitstep.stages.prepare import Student
 from bitstep.trajectories.pool import Pool
@@ -89,8 +89,6 @@ def precondition(
 
 def finished(source: Source, denoiser: nn.Module, batch_size: int, **sampling: Unpack[Sampling]) -> Tensor:
     """What ``IMAGES`` trajectories of the pipeline end with when ``denoiser`` answers in the place of its own."""
-    pipeline = source.pipeline
-    sample = partial(generate_batch, pipeline, output_type=latent_type(pipeline), **sampling)
     own = denoiser is source.denoiser
     with nullcontext() if own else wrapped(source.denoiser, "forward", lambda _: partial(denoiser)):
-        return torch.cat([sample(numbers) for numbers in batches(IMAGES, batch_size)])
+        return torch.cat([generate_latents(source.pipeline, n, **sampling) for n in batches(IMAGES, batch_size)])

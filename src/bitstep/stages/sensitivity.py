@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from statistics import fmean
 from typing import Any, Unpack
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import first_tensor, timestep_of, wrapped
 from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
-from bitstep.stages.generate import Sampling, batches, generate_batch, latent_type
+from bitstep.stages.generate import Sampling, batches, generate_latents
 from bitstep.stages.load import Source
 
 IMAGES = 4
@@ -50,10 +51,7 @@ def sensitivity(
     found: dict[float, list[float]] = {}
     parts = batches(IMAGES, batch_size)
     for part, numbers in enumerate(parts):
-
-        def sample(numbers: range = numbers) -> Tensor:
-            return generate_batch(source.pipeline, numbers, output_type=latent_type(source.pipeline), **sampling)
-
+        sample = partial(generate_latents, source.pipeline, numbers, **sampling)
         recording = _Recording()
         with _answering(source.denoiser, recording):
             undisturbed = sample()
