@@ -210,7 +210,8 @@ def _work(task: Task) -> None:
     os.dup2(2, 1)  # the libraries of peers print
     model = _model(task)
     pool = Pool.open(task.calls)
-    call, _ = pool.batch(pool.indices_at(len(pool.timesteps) - 1))
+    last = pool.indices_at(len(pool.timesteps) - 1)
+    call, _ = pool.batch(pool.split(last, len(last))[0])
     call = call.map(lambda name, tensor: _cast(name, tensor, model.dtype)).to(task.device)
     step: Callable[[], Tensor] = partial(run, model, call)
     if task.name in PEERS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,7 +28,7 @@ def record(
     progress: Progress = silent,
     **sampling: Unpack[Sampling],
 ) -> Pool:
-    """Trajectories of image numbers 0..images-1, one shard per pipeline batch, in ``folder``.
+    """Trajectories of image numbers 0..images-1 in ``folder``.
 
     With ``bf16`` the denoiser computes in bfloat16. Interrupted and called again with the same arguments it continues,
     to the same bytes. ``progress(done, images)`` is called before every batch and at the end.
@@ -43,7 +43,7 @@ def record(
     writer = PoolWriter(folder, plan, _train_timesteps(source))
     for numbers in batches(images, batch_size)[len(writer) :]:
         progress(numbers.start, images)
-        writer.add(_trajectory(source, numbers, bf16, sampling, writer.batched))
+        writer.add(_trajectory(source, numbers, bf16, sampling, writer.examples))
     progress(images, images)
     return Pool.open(folder)
 
@@ -56,21 +56,20 @@ def stream(
     bf16: bool = False,
     **sampling: Unpack[Sampling],
 ) -> Iterator[Pool]:
-    """The shards of :func:`record`, each a pool in memory, made when asked for."""
-    batched: Mapping[str, int] | None = None
+    """What :func:`record` writes, a pool in memory for every pipeline batch, made when asked for."""
+    shards: list[Shard] = []
     for numbers in batches(images, batch_size):
-        shard = _trajectory(source, numbers, bf16, sampling, batched)
-        batched = shard.batched
-        yield Pool([shard], _train_timesteps(source))
+        shards = _trajectory(source, numbers, bf16, sampling, shards)
+        yield Pool(shards, _train_timesteps(source))
 
 
 def _trajectory(
-    source: Source, numbers: range, bf16: bool, sampling: Sampling, batched: Mapping[str, int] | None
-) -> Shard:
+    source: Source, numbers: range, bf16: bool, sampling: Sampling, earlier: Sequence[Shard]
+) -> list[Shard]:
     recorder = Recorder(source.denoiser, source.pipeline.scheduler, len(numbers))
     with recorder, _in_bfloat16(source.denoiser) if bf16 else nullcontext():
         generate_latents(source.pipeline, numbers, **sampling)
-    return recorder.shard(batched)
+    return recorder.shards(earlier)
 
 
 def _train_timesteps(source: Source) -> int:

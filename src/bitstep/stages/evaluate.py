@@ -123,10 +123,11 @@ def step_error(
     totals: list[dict[float, list[float]]] = [{} for _ in models]
     for pool in stream(reference, images=images, batch_size=batch_size, **sampling):
         for step, timestep in reversed(list(enumerate(pool.timesteps.tolist()))):
-            call, expected = pool.batch(pool.indices_at(step))
-            for model, sums in zip(models, totals, strict=True):
-                output = run(model.denoiser, call.to(reference.pipeline.device)).cpu()
-                total = sums.setdefault(timestep, [0.0, 0.0])
-                total[0] += (output - expected).double().square().sum().item()
-                total[1] += expected.double().square().sum().item()
+            for indices in pool.split(pool.indices_at(step), batch_size):
+                call, expected = pool.batch(indices)
+                for model, sums in zip(models, totals, strict=True):
+                    output = run(model.denoiser, call.to(reference.pipeline.device)).cpu()
+                    total = sums.setdefault(timestep, [0.0, 0.0])
+                    total[0] += (output - expected).double().square().sum().item()
+                    total[1] += expected.double().square().sum().item()
     return [{timestep: error / power for timestep, (error, power) in sums.items()} for sums in totals]

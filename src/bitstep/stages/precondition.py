@@ -60,7 +60,7 @@ def precondition(
     found = []
     for step in range(steps):
         products = torch.zeros(3, 3, dtype=torch.float64)
-        for indices in pool.indices_at(step)[:images].split(batch_size):
+        for indices in pool.split(pool.indices_at(step)[:images], batch_size):
             call, target = pool.batch(indices)
             target, sample = shared(target, call.arguments[sample_name(denoiser)])
             output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)

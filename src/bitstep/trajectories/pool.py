@@ -1,6 +1,8 @@
 """Recorded calls, kept on disk, gathered into batches that mix timesteps.
 
-Shards (:mod:`bitstep.trajectories.recording`), in memory or memory-mapped from a folder, make a :class:`Pool`.
+Shards (:mod:`bitstep.trajectories.recording`), in memory or memory-mapped from a folder, make a :class:`Pool`. Not all
+need have one form: pipelines that pad texts to the longest of a batch, or run guidance as a call by itself, call their
+denoiser with tensors of several shapes. A batch holds samples of one form.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from torch import Tensor
 from bitstep.denoiser.calls import Call, put_together
 from bitstep.errors import BitstepError
 from bitstep.files import replacing
+from bitstep.randomness import draw
 from bitstep.trajectories.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Pool:
-    """Recorded calls, one sample per image and call; batches may mix images, shards and timesteps.
+    """Recorded calls, one sample per image and call; batches may mix images, shards and timesteps, but not forms.
 
     timesteps: the distinct timesteps, float64, ascending
     unit: the timestep that counts as 1: the schedule's length, or 1 where timesteps are fractions
@@ -38,8 +41,8 @@ class Pool:
         if not shards:
             raise BitstepError("the pool of recorded calls is empty")
         self._shards = shards
-        for shard in shards[1:]:
-            _check_gatherable(shards[0], shard)
+        firsts: list[Shard] = []  # one of each form
+        form_of = [_form(shard, firsts) for shard in shards]
         self.guidance = fit_guidance(
             [gram for shard in shards for gram in shard.grams], torch.finfo(shards[0].tensors[OUTPUT].dtype).eps
         )
@@ -52,6 +55,9 @@ class Pool:
             timesteps.append(stamps.double().flatten())
             places.append(torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, stamps.shape)))
         self._places = torch.cat(places)
+        forms = torch.tensor(form_of)[self._places[:, 0]]
+        self._alike = [torch.nonzero(forms == form).flatten() for form in range(len(firsts))]
+        self._form_of = forms
         self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
         self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
         # (EDM's timesteps are logarithms of noise levels, from below 0 to above 1)
@@ -82,8 +88,24 @@ class Pool:
         """Samples whose timestep is ``timesteps[step]``."""
         return torch.nonzero(self.step_of == step).flatten()
 
+    @property
+    def commonest(self) -> Tensor:
+        """The samples of the form that most have: all of them, but for pipelines that call in several."""
+        return max(self._alike, key=len)
+
+    def draw(self, count: int, seed: int, purpose: str, iteration: int) -> Tensor:
+        """Batch number ``iteration`` of ``count`` samples of one form (:func:`bitstep.randomness.draw`)."""
+        first = draw(len(self), 1, seed, f"{purpose}.form", iteration)
+        alike = self._alike[self._form_of[first]]
+        return alike[draw(len(alike), count, seed, purpose, iteration)]
+
+    def split(self, indices: Tensor, size: int) -> list[Tensor]:
+        """``indices`` in batches of at most ``size``, each of one form."""
+        forms = self._form_of[indices]
+        return [batch for form in range(len(self._alike)) for batch in indices[forms == form].split(size) if len(batch)]
+
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Call, Tensor]:
-        """One call for n samples, and the outputs recorded for it, on the CPU.
+        """One call for n samples of one form, and the outputs recorded for it, on the CPU.
 
         Guided samples take k rows each, chunk by chunk (``k * n`` rows: chunk 0 of all samples, then chunk 1).
         """
@@ -106,7 +128,7 @@ class Pool:
             assert rows is not None
             return rows.flatten(0, 2)
 
-        first = self._shards[0]
+        first, _ = parts[0]
         leaves = {
             name: gather(name) if name in first.batched else tensor
             for name, tensor in first.tensors.items()
@@ -125,40 +147,35 @@ class PoolWriter:
     def __init__(self, folder: str | Path, plan: Mapping[str, Any], train_timesteps: int) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = {"format_version": FORMAT_VERSION, "plan": dict(plan), "train_timesteps": train_timesteps, "shards": []}
-        self._index: dict[str, Any] = _read_index(self._folder) if (self._folder / INDEX).exists() else fresh
+        fresh = {"format_version": FORMAT_VERSION, "plan": dict(plan), "train_timesteps": train_timesteps, "batches": 0}
+        self._index: dict[str, Any] = _read_index(self._folder) if (self._folder / INDEX).exists() else fresh | {"shards": []}
         if self._index["plan"] != json.loads(json.dumps(dict(plan))):
             raise BitstepError(f"{folder} holds calls recorded with other settings: delete it or choose another folder")
 
     def __len__(self) -> int:
-        """Complete shards."""
-        return len(self._index["shards"])
+        """Complete batches of the pipeline."""
+        return int(self._index["batches"])
 
     @property
-    def batched(self) -> Mapping[str, int] | None:
-        """The arguments with a batch dimension, and their shares, once a shard is there."""
-        return self._index["batched"] if len(self) else None
+    def examples(self) -> list[Shard]:
+        """The first shard with each skeleton."""
+        skeletons = [entry["call"] for entry in self._index["shards"]]
+        firsts = [number for number, skeleton in enumerate(skeletons) if skeletons.index(skeleton) == number]
+        return [_open_shard(self._folder, self._index, number) for number in firsts]
 
-    def add(self, shard: Shard) -> None:
-        """Append ``shard``. Raises BitstepError when it cannot be written, a full disk for one, or does not go together
-        with those that are there."""
-        if len(self):
-            _check_gatherable(_open_shard(self._folder, self._index, 0), shard)
-        entry = {
-            "varying": list(shard.varying),
-            "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
-        }
+    def add(self, shards: Sequence[Shard]) -> None:
+        """Append the shards of a pipeline batch. Raises BitstepError when they cannot be written, a full disk for one."""
+        start = len(self._index["shards"])
         index = self._index | {
-            "call": shard.skeleton,
-            "batched": dict(shard.batched),
-            "handed": shard.handed,
-            "shards": [*self._index["shards"], entry],
+            "batches": len(self) + 1,
+            "shards": self._index["shards"] + [_described(shard) for shard in shards],
         }
-        path = _shard_path(self._folder, len(self))
-        tensors = {name: tensor.contiguous() for name, tensor in shard.tensors.items()}
+        path = self._folder
         try:
-            with replacing(path) as temporary:
-                save_file(tensors, temporary)
+            for number, shard in enumerate(shards, start):
+                path = _shard_path(self._folder, number)
+                with replacing(path) as temporary:
+                    save_file({name: tensor.contiguous() for name, tensor in shard.tensors.items()}, temporary)
             path = self._folder / INDEX
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(index))
@@ -167,20 +184,22 @@ class PoolWriter:
         self._index = index
 
 
-def _check_gatherable(first: Shard, other: Shard) -> None:
-    for name in (name for name in first.tensors if name in other.tensors):
-        here, there = _shape_of_a_row(first, name), _shape_of_a_row(other, name)
-        if here != there:
-            raise BitstepError(
-                f"{name.removeprefix('call.')} comes in shapes {here} and {there}, so no batch can mix them: "
-                "where they are those of prompts, give prompts of equally many tokens, or only one"
-            )
-    same = first.skeleton == other.skeleton and first.tensors.keys() == other.tensors.keys()
-    for name, tensor in first.tensors.items() if same else ():
-        if name != OUTPUT and name not in first.batched and not torch.equal(tensor, other.tensors[name]):
-            same = False
-    if not same:
-        raise BitstepError("the recorded shards differ in the denoiser's arguments, so no batch can mix them")
+def _form(shard: Shard, firsts: list[Shard]) -> int:
+    """The number of its form, ``firsts`` being one of each; a new one is added to them."""
+    number = next((i for i, first in enumerate(firsts) if _alike(first, shard)), len(firsts))
+    if number == len(firsts):
+        firsts.append(shard)
+    return number
+
+
+def _alike(one: Shard, other: Shard) -> bool:
+    """Whether a batch can mix the calls of both."""
+    if (one.skeleton, one.batched) != (other.skeleton, other.batched):
+        return False
+    if any(_shape_of_a_row(one, name) != _shape_of_a_row(other, name) for name in one.tensors):
+        return False
+    shared = (name for name in one.tensors if name != OUTPUT and name not in one.batched)
+    return all(torch.equal(one.tensors[name], other.tensors[name]) for name in shared)
 
 
 def _shape_of_a_row(shard: Shard, name: str) -> list[int]:
@@ -188,6 +207,17 @@ def _shape_of_a_row(shard: Shard, name: str) -> list[int]:
     if name == OUTPUT or name in shard.varying:
         return shape[2:]
     return shape[1:] if name in shard.batched else shape
+
+
+def _described(shard: Shard) -> dict[str, Any]:
+    """All but the tensors, JSON."""
+    return {
+        "call": shard.skeleton,
+        "batched": dict(shard.batched),
+        "varying": list(shard.varying),
+        "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
+        "handed": shard.handed,
+    }
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -202,7 +232,7 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
     grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    return Shard(tensors, index["call"], index["batched"], tuple(entry["varying"]), grams, index["handed"])
+    return Shard(tensors, entry["call"], entry["batched"], tuple(entry["varying"]), grams, entry["handed"])
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Denoiser calls, recorded while the real pipeline runs.
 
 A :class:`Recorder` hooks a denoiser and its scheduler, so no pipeline needs an adapter. What it saw of one pipeline
-batch is a :class:`Shard`.
+batch is a :class:`Shard`, or several where the calls are not all of one form.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -26,7 +26,7 @@ SAME_ROW = 0.5
 
 @dataclass(frozen=True)
 class Shard:
-    """The calls of one pipeline batch, ``rows`` rows each (images times the chunks of guidance).
+    """The calls of one pipeline batch that have one form, ``rows`` rows each (images times the chunks of guidance).
 
     tensors: ``output`` ``[calls, rows, ...]`` and one tensor per tensor argument: ``[calls, rows * share, ...]`` where
         its name is in ``varying``, else ``[rows * share, ...]`` where it is in ``batched``, else as it was passed
@@ -54,6 +54,17 @@ class Shard:
         return torch.stack(list(map(of_samples, calls)))
 
 
+@dataclass
+class _Form:
+    """Calls that differ in nothing but what their tensors hold: those with a text of another length are of another."""
+
+    skeleton: Any
+    shapes: dict[str, torch.Size]
+    leaves: list[dict[str, Tensor]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    grams: list[Tensor | None] = field(default_factory=list)
+
+
 class Recorder:
     """Records every call of ``denoiser`` while a pipeline makes ``images`` images under this context manager.
 
@@ -67,11 +78,8 @@ class Recorder:
         self._denoiser = denoiser
         self._scheduler = scheduler
         self._images = images
-        self._skeleton: Any = None
-        self._shapes: dict[str, torch.Size] = {}
-        self._leaves: list[dict[str, Tensor]] = []
-        self._outputs: list[Tensor] = []
-        self._grams: list[Tensor | None] = []
+        self._forms: list[_Form] = []
+        self._latest: _Form
         self._handed: int | None = None
         self._pending = 0  # calls since the scheduler's last step
         self._exit = ExitStack()
@@ -85,24 +93,29 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def shard(self, batched: Mapping[str, int] | None = None) -> Shard:
-        """What was recorded. ``batched`` names the arguments with a batch dimension where an earlier shard knows."""
-        if not self._outputs:
+    def shards(self, earlier: Iterable[Shard] = ()) -> list[Shard]:
+        """What was recorded, form by form. What has a batch dimension is known of the forms that ``earlier`` ones have."""
+        if not self._forms:
             raise BitstepError(f"the pipeline never called its {type(self._denoiser).__name__}")
-        if batched is None:
-            batched = self._find_batched()
-        tensors = {OUTPUT: torch.stack(self._outputs)}
+        known = list(earlier)
+        for form in self._forms:
+            batched = next((shard.batched for shard in known if shard.skeleton == form.skeleton), None)
+            known.append(self._shard(form, self._find_batched(form) if batched is None else batched))
+        return known[-len(self._forms) :]
+
+    def _shard(self, form: _Form, batched: Mapping[str, int]) -> Shard:
+        tensors = {OUTPUT: torch.stack(form.outputs)}
         varying = []
-        for name, first in self._leaves[0].items():
-            if all(leaves[name] is first for leaves in self._leaves):
+        for name, first in form.leaves[0].items():
+            if all(leaves[name] is first for leaves in form.leaves):
                 tensors[name] = first
             elif name in batched:
-                tensors[name] = torch.stack([leaves[name] for leaves in self._leaves])
+                tensors[name] = torch.stack([leaves[name] for leaves in form.leaves])
                 varying.append(name)
             else:
                 raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
-        handed = self._handed or self._outputs[0].shape[1]
-        return Shard(tensors, self._skeleton, batched, tuple(varying), tuple(self._grams), handed)
+        handed = self._handed or form.outputs[0].shape[1]
+        return Shard(tensors, form.skeleton, batched, tuple(varying), tuple(form.grams), handed)
 
     def _called(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = first_tensor(output).detach()
@@ -120,29 +133,27 @@ class Recorder:
         arguments[name] = timestep.expand(rows, *timestep.shape[1:])
         leaves: dict[str, Tensor] = {}
         skeleton = take_apart(arguments, "call", leaves)
-        shapes = {n: tensor.shape for n, tensor in leaves.items()}
-        if self._outputs and (skeleton, shapes) != (self._skeleton, self._shapes):
-            reshaped = [n for n, shape in self._shapes.items() if shapes.get(n, shape) != shape]
-            what = f"{reshaped[0].removeprefix('call.')} in several shapes" if reshaped else "different arguments"
-            raise BitstepError(
-                f"the pipeline calls its denoiser with {what}, so no batch can mix the calls: where guidance is a call "
-                "by itself, with a text of its own length, leave it out (--set calibration.guidance_scale=1)"
-            )
-        self._skeleton, self._shapes = skeleton, shapes
+        shapes = {n: tensor.shape for n, tensor in leaves.items()} | {OUTPUT: result.shape}
+        form = next((f for f in self._forms if (f.skeleton, f.shapes) == (skeleton, shapes)), None)
+        if form is None:
+            form = _Form(skeleton, shapes)
+            self._forms.append(form)
         # what stays equal from call to call (embeddings, labels) is kept once; copies, since pipelines work in place
-        previous = self._leaves[-1] if self._leaves else {}
-        self._leaves.append({n: _keep(tensor, previous.get(n)) for n, tensor in leaves.items()})
-        self._outputs.append(result.to("cpu", copy=True))
-        self._grams.append(None)
+        previous = form.leaves[-1] if form.leaves else {}
+        form.leaves.append({n: _keep(tensor, previous.get(n)) for n, tensor in leaves.items()})
+        form.outputs.append(result.to("cpu", copy=True))
+        form.grams.append(None)
+        self._latest = form
         self._pending += 1
 
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             handed = args[0] if args else kwargs["model_output"]
             if self._pending == 1:  # guidance in two passes is two independent calls
-                self._grams[-1] = _gram(self._outputs[-1], handed.detach().cpu(), self._images)
+                form = self._latest
+                form.grams[-1] = _gram(form.outputs[-1], handed.detach().cpu(), self._images)
             if self._pending:  # a step may follow another denoiser's call
-                output = self._outputs[-1]
+                output = self._latest.outputs[-1]
                 same = handed.shape[2:] == output.shape[2:]
                 self._handed = min(handed.shape[1], output.shape[1]) if same else None
             self._pending = 0
@@ -150,19 +161,19 @@ class Recorder:
 
         return watched
 
-    def _find_batched(self) -> dict[str, int]:
+    def _find_batched(self, form: _Form) -> dict[str, int]:
         """The tensors whose first dimension is the batch, and their shares: those with which one row can be run by
         itself, or twice where it is the only one.
 
         Length alone does not tell (position ids of 16 tokens in a batch of 16). In a packed model sums in another order
         may change a code, and all that follows from it; there the best of all choices is taken.
         """
-        leaves = self._leaves[0]
+        leaves = form.leaves[0]
         device = next(itertools.chain(self._denoiser.parameters(), self._denoiser.buffers())).device
 
         def computed(tensors: dict[str, Tensor]) -> Tensor:
             with torch.no_grad():
-                return run(self._denoiser, Call(put_together(self._skeleton, tensors)).to(device)).cpu()
+                return run(self._denoiser, Call(put_together(form.skeleton, tensors)).to(device)).cpu()
 
         output = computed(leaves)  # once more: the recorded one may have been computed in another precision
         other = 2 if len(output) == 1 else 1  # number of rows

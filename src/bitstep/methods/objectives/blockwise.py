@@ -30,8 +30,8 @@ from bitstep.trajectories.rows import Rows
 class BlockwiseDistillation(Objective):
     """Every block of :func:`bitstep.denoiser.structure.blocks` with trained layers is a unit, in order of execution.
 
-    samples: recorded calls, over all timesteps, that the blocks are fitted to. A block that runs several times in one
-    forward pass is fitted to the first.
+    samples: recorded calls, over all timesteps, that the blocks are fitted to; of a pipeline that calls its denoiser in
+        several forms, those of the commonest. A block that runs several times in one forward pass is fitted to the first.
     full_resolution: only the blocks that see as many positions as any
     leave: so many last blocks, which another phase trains
     """
@@ -43,7 +43,8 @@ class BlockwiseDistillation(Objective):
     leave: NonNegativeInt = 0
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        indices = draw(len(context.pool), min(self.samples, len(context.pool)), context.seed, "blockwise", 0)
+        alike = context.pool.commonest  # the files of a block hold inputs of one shape
+        indices = alike[draw(len(alike), min(self.samples, len(alike)), context.seed, "blockwise", 0)]
         blocks = context.blocks()
         blocks = blocks[: max(0, len(blocks) - self.leave)]
         if self.full_resolution:

@@ -11,7 +11,6 @@ from torch import Tensor
 from bitstep.denoiser.calls import run
 from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.quantizers.layers import frozen
-from bitstep.randomness import draw
 
 
 class TrajectoryDistillation(Objective):
@@ -33,7 +32,7 @@ class TrajectoryDistillation(Objective):
         others = [module for name, module in context.trained.items() if name not in {*layers, *attention}]
 
         def loss(iteration: int, part: slice = ALL) -> Tensor:
-            indices = draw(len(pool), phase.batch_size, context.seed, "trajectory", iteration)[part]
+            indices = pool.draw(phase.batch_size, context.seed, "trajectory", iteration)[part]
             call, target = context.batch(indices)
             weights = context.loss_weights(pool.timesteps[pool.step_of[indices]], self.emphasis)
             with frozen(others):
