@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -29,12 +30,16 @@ from diffusers import (
     UNet2DModel,
     UNetMotionModel,
     VQModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -202,6 +207,49 @@ def flux() -> FluxPipeline:
     return pipeline
 
 
+class _SmallZImagePipeline(ZImagePipeline):  # type: ignore[misc]
+    """Of 8x8 pixels, whose default is 1024x1024 whatever the transformer."""
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, prompt, num_inference_steps=50, guidance_scale=5.0, generator=None, output_type="pil"
+    ) -> Any:
+        settings = {"generator": generator, "output_type": output_type, "guidance_scale": guidance_scale}
+        return super().__call__(prompt, 8, 8, num_inference_steps, **settings)
+
+
+def z_image() -> ZImagePipeline:
+    """Lists of one tensor a sample go in and come out, texts as long as they are, those without words among them."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[128, 16, 16],
+    )
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    text = Qwen3Config(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    tokenizer = clip_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return _SmallZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), autoencoder(4), Qwen3Model(text), tokenizer, transformer
+    )
+
+
 def autoencoder(channels: int) -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, shift_factor=0.0)
 
@@ -236,7 +284,7 @@ def t5_encoder() -> T5EncoderModel:
 
 
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
-    f.__name__: f for f in (ddpm, ddim, latent_vq, stable_diffusion, animatediff, dit, pixart, sd3, flux)
+    f.__name__: f for f in (ddpm, ddim, latent_vq, stable_diffusion, animatediff, dit, pixart, sd3, flux, z_image)
 }
 
 

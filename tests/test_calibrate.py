@@ -20,7 +20,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate, generate_batch
 from bitstep.stages.load import Source
-from bitstep.trajectories.pool import PoolWriter
+from bitstep.trajectories.pool import Pool, PoolWriter
 
 
 def source(name: str) -> Source:
@@ -55,16 +55,30 @@ def test_a_pool_with_other_settings_is_refused(tmp_path: Path) -> None:
         record(source("ddim"), tmp_path, images=2, batch_size=2, steps=2, seed=1)
 
 
-def test_prompts_of_other_lengths_are_refused_before_the_rest_is_recorded(tmp_path: Path) -> None:
-    (pool,) = stream(source("stable_diffusion"), images=1, batch_size=1, steps=2, seed=0)
+@torch.no_grad()
+def test_texts_of_other_lengths_are_batched_by_themselves(tmp_path: Path) -> None:
+    """Of two batches of prompts, each padded to its longest."""
+    (pool,) = stream(source("stable_diffusion"), images=2, batch_size=2, steps=2, seed=0, guidance_scale=1.0)
     (shard,) = pool._shards
-    writer = PoolWriter(tmp_path, {}, 1000)
-    writer.add(shard)
     text = "call.encoder_hidden_states"
-    longer = torch.cat([shard.tensors[text]] * 2, 1)
-    with pytest.raises(BitstepError, match="equally many tokens"):
-        writer.add(replace(shard, tensors={**shard.tensors, text: longer}))
-    assert len(writer) == 1
+    longer = replace(shard, tensors={**shard.tensors, text: torch.cat([shard.tensors[text]] * 2, 1)}, images=(2, 3))
+    writer = PoolWriter(tmp_path, {}, 1000)
+    for shards in ([shard], [longer], [shard]):
+        writer.add(shards)
+    pool = Pool.open(tmp_path)
+    lengths = shard.tensors[text].shape[1] * torch.tensor([1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1])
+    assert pool.commonest.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    batches = pool.split(torch.arange(12), 5)
+    assert [len(batch) for batch in batches] == [5, 3, 4]
+    drawn = [pool.draw(3, 0, "test", iteration) for iteration in range(40)]
+    for indices in (*batches, *drawn):
+        call, _ = pool.batch(indices)
+        assert {call.arguments["encoder_hidden_states"].shape[1]} == set(lengths[indices].tolist())
+    assert set(torch.cat(drawn).tolist()) == set(range(12))
+    assert [lengths[indices[0]] for indices in drawn].count(lengths[4]) < 20
+    assert pool.indices_at(0, images=3).tolist() == [2, 3, 6, 10, 11]
+    with pytest.raises(ValueError, match="one form"):
+        pool.batch([0, 4])
 
 
 def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None:
@@ -81,13 +95,13 @@ def test_streaming_gives_the_calls_that_recording_stores(tmp_path: Path) -> None
 def test_only_the_denoiser_computes_in_bfloat16(name: str) -> None:
     settings: dict[str, Any] = {"images": 2, "batch_size": 2, "steps": 2, "seed": 0}
     whole, half = (next(stream(source(name), bf16=bf16, **settings)) for bf16 in (False, True))
-    first = [0, 1]  # the first call of the denoiser: all that it is given comes from the rest of the pipeline
+    first = whole.commonest[:2]  # of the denoiser's first call: all that it is given the rest of the pipeline computed
     (call, output), (half_call, half_output) = whole.batch(first), half.batch(first)
     given: dict[str, torch.Tensor] = {}
     call.map(lambda path, tensor: given.setdefault(path, tensor))
     half_call.map(lambda path, tensor: torch.testing.assert_close(tensor, given[path], rtol=0, atol=0) or tensor)
     assert 0 < (half_output - output).norm() < 0.1 * output.norm()
-    assert half.batch([2, 3])[0].arguments.keys() == call.arguments.keys()
+    assert half.batch(half.commonest[2:4])[0].arguments.keys() == call.arguments.keys()
 
 
 @pytest.mark.parametrize(("name", "unit"), [("ddim", 1000), ("dit", 1000), ("flux", 1)])

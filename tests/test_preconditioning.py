@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bitstep
 from bitstep.checkpoint.config import BitstepConfig
-from bitstep.denoiser.calls import run, sample_name
+from bitstep.denoiser.calls import run, sample_name, stacked
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.errors import BitstepError, UsageError
@@ -122,10 +122,13 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
     def error() -> list[float]:
         found = []
         for step in range(len(pool.timesteps)):
-            call, target = pool.batch(pool.indices_at(step))
-            with torch.no_grad():
-                error, _ = shared(run(student, call) - target, call.arguments[sample_name(student)])
-            found.append(float(pool.guided(error).square().mean()))
+            squares = []
+            for indices in pool.split(pool.indices_at(step), 4):
+                call, target = pool.batch(indices)
+                with torch.no_grad():
+                    error, _ = shared(run(student, call) - target, stacked(call.arguments[sample_name(student)]))
+                squares.append(pool.guided(error).square().flatten())
+            found.append(float(torch.cat(squares).mean()))
         return found
 
     after = error()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ZImagePipeline
 from packed import some_bits
 from pipelines import build
 from safetensors import SafetensorError
@@ -151,6 +151,17 @@ def test_only_the_denoiser_becomes_another_one(tmp_path: Path, capfd: pytest.Cap
         assert (out / weights).read_bytes() == (source / weights).read_bytes()
     config = json.loads((out / "text_encoder" / "config.json").read_text())
     assert config["dtype"] == "float16"
+
+
+def test_a_denoiser_of_lists_and_texts_of_all_lengths(tmp_path: Path) -> None:
+    """Recorded in several forms, distilled block by block and as a whole, preconditioned, replayed."""
+    source = tmp_path / "source"
+    ZImagePipeline(**build("z_image").components).save_pretrained(source)
+    settings = tiny("best-blocks", bits="W8A8")
+    settings["overrides"] = [*settings["overrides"], "calibration.size=8x8"]
+    out = bitstep.quantize(source, out=tmp_path / "out", **settings)
+    found = bitstep.evaluate(out, against=source, num=3, steps=3, size="8x8")
+    assert max(found["step_error"]) < 1e-2
 
 
 def test_training_reduces_the_loss_and_pays_against_rounding(tmp_path: Path) -> None:

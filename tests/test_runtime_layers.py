@@ -146,6 +146,14 @@ def test_an_adapter_makes_a_plain_layer_of_its_type(layer: nn.Module) -> None:
     assert made.weight.requires_grad
 
 
+def test_a_weight_is_computed_when_its_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_layer(nn.Linear(4, 3))
+    weight = filled(nn.Linear(4, 3), packed).weight
+    assert torch.equal(torch.from_numpy(weight.numpy()), packed.weight.dequantize())
+    monkeypatch.setattr(PackedLinear, "tensors", None)
+    assert (weight.shape, weight.dtype, weight.device.type) == ((3, 4), torch.float32, "cpu")
+
+
 def test_an_adapter_cannot_be_fused() -> None:
     module = filled(nn.Linear(4, 3), random_layer(nn.Linear(4, 3)))
     assert type(module.weight * 2) is Tensor

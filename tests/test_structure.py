@@ -24,6 +24,7 @@ ENDS = {
     "pixart": ("pos_embed.proj", "proj_out"),
     "sd3": ("pos_embed.proj", "proj_out"),
     "flux": ("x_embedder", "proj_out"),
+    "z_image": ("all_x_embedder.2-1", "all_final_layer.2-1.linear"),
 }
 EMBEDDINGS = {
     "ddim": ["time_embedding"],
@@ -33,6 +34,7 @@ EMBEDDINGS = {
     "pixart": ["adaln_single.emb.timestep_embedder"],
     "sd3": ["time_text_embed.timestep_embedder"],
     "flux": ["time_text_embed.timestep_embedder", "time_text_embed.guidance_embedder"],
+    "z_image": ["t_embedder"],
 }
 
 
@@ -40,7 +42,8 @@ EMBEDDINGS = {
 def traced(name: str) -> tuple[nn.Module, Structure]:
     pipeline = build(name)
     source = Source(name, pipeline)
-    call, _ = next(stream(source, images=2, batch_size=2, steps=2, seed=0)).batch([0, 3])
+    pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
+    call, _ = pool.batch(pool.commonest[[0, -1]])
     return source.denoiser, trace(source.denoiser, call)
 
 
@@ -60,7 +63,8 @@ def test_first_and_last_layer_and_the_total_of_all_parts(name: str) -> None:
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_time_embedding(name: str) -> None:
     _, structure = traced(name)
-    expected = {f"{embedding}.linear_{i}" for embedding in EMBEDDINGS[name] for i in (1, 2)}
+    layers = ("mlp.0", "mlp.2") if name == "z_image" else ("linear_1", "linear_2")
+    expected = {f"{embedding}.{layer}" for embedding in EMBEDDINGS[name] for layer in layers}
     assert set(structure.time_embedding) == expected
 
 

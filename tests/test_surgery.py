@@ -26,7 +26,7 @@ def _source(name: str) -> Source:
 def _traced(name: str) -> tuple[nn.Module, Structure]:
     source = _source(name)
     pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
-    return source.denoiser, trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
+    return source.denoiser, trace(source.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
 
 
 def _plan(denoiser: nn.Module, structure: Structure, **changes: Any) -> Plan:
@@ -97,7 +97,7 @@ def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
     reflecting = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, padding_mode="reflect")
     source.denoiser.set_submodule("conv_in", reflecting)
     pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
-    structure = trace(source.denoiser, pool.batch(pool.indices_at(0))[0])
+    structure = trace(source.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
     assert "reflect" in _plan(source.denoiser, structure).left_alone["conv_in"]
 
 

@@ -16,6 +16,10 @@ from bitstep.denoiser.steps import TIMESTEP_NAMES, of_samples
 from bitstep.errors import BitstepError
 
 
+class Samples(list[Tensor]):
+    """An argument that is a list of one tensor a sample, all of one shape; a :class:`Call` knows it as one tensor."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one denoiser forward, by name: tensors inside dicts, lists and tuples, and plain values."""
@@ -46,19 +50,28 @@ class Call:
 
 
 def run(denoiser: nn.Module, call: Call) -> Tensor:
-    """The denoiser's output tensor for ``call``, whether it returns a tensor, a tuple or an output object."""
-    return first_tensor(denoiser(**call.arguments))
+    """The denoiser's output for ``call`` as one tensor; see :func:`first_tensor`."""
+    arguments = {name: list(value) if isinstance(value, Samples) else value for name, value in call.arguments.items()}
+    return first_tensor(denoiser(**arguments))
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor that a denoiser returned, as it is or first in a tuple or an output object."""
-    tensor = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(tensor, Tensor):
-        raise BitstepError(
-            f"expected a denoiser that returns a tensor, got a {type(tensor).__name__}: those that take and return one "
-            "tensor a sample cannot be quantized"
-        )
-    return tensor
+    """What a denoiser returned, as it is or first in a tuple or an output object; see :func:`stacked`."""
+    return stacked(unwrapped(output))
+
+
+def unwrapped(output: Any) -> Any:
+    """What a denoiser returned besides its wrapping: a tensor, or a list of one tensor a sample (as Z-Image's does)."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def stacked(value: Tensor | list[Tensor]) -> Tensor:
+    """A tensor as it is; of a list of one tensor a sample a copy, ``[batch, ...]``."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, list) and value and all(isinstance(tensor, Tensor) for tensor in value):
+        return torch.stack(value)
+    raise BitstepError(f"expected a denoiser that returns a tensor, or a list of tensors, got a {type(value).__name__}")
 
 
 def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +103,9 @@ def take_apart(value: Any, name: str, leaves: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         leaves[name] = value
         return {"tensor": name}
+    if isinstance(value, Samples):
+        leaves[name] = stacked(value)
+        return {"samples": name}
     if isinstance(value, Mapping):
         return {"dict": {key: take_apart(item, f"{name}.{key}", leaves) for key, item in value.items()}}
     if isinstance(value, list | tuple):
@@ -106,6 +122,8 @@ def put_together(skeleton: Any, leaves: Mapping[str, Tensor]) -> Any:
     match kind:
         case "tensor":
             return leaves[content]
+        case "samples":
+            return Samples(leaves[content].unbind())
         case "dict":
             return {key: put_together(item, leaves) for key, item in content.items()}
         case "list":

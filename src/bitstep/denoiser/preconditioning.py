@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import sample_name
+from bitstep.denoiser.calls import sample_name, stacked, unwrapped
 from bitstep.denoiser.steps import StepCursor, interpolate, per_sample
 from bitstep.numerics.packing import keeping_dtype
 
@@ -54,11 +54,14 @@ class Preconditioning(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        output = result if isinstance(result, Tensor) else result[0]
-        output, sample = shared(output, kwargs[self._sample] if self._sample in kwargs else args[0])
+        returned, given = unwrapped(result), kwargs[self._sample] if self._sample in kwargs else args[0]
+        whole = stacked(returned)
+        output, sample = shared(whole, stacked(given))
         position = self.cursor.position.to(output.device)
         out, skip = (per_sample(interpolate(table, position), output) for table in (self.out, self.skip))
         output.mul_(out).add_((skip * sample).to(output.dtype))
+        if isinstance(returned, list):
+            returned[:] = whole.unbind()
 
 
 def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

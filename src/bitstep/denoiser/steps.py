@@ -211,10 +211,14 @@ def per_sample(rows: Tensor, x: Tensor) -> Tensor:
     """Shape ``[rows]`` to broadcast against ``x`` ``[batch, ...]``.
 
     One row serves the whole batch. With one row per sample, a batch that is a multiple of the samples (attention
-    with its heads folded in) repeats each row for its consecutive entries.
+    with its heads folded in) repeats each row for its consecutive entries. One that is not (the tokens of texts of
+    several lengths) is of samples at one timestep.
     """
     if len(rows) != 1 and len(rows) != len(x):
-        if len(x) % len(rows):
+        if len(x) % len(rows) == 0:
+            rows = rows.repeat_interleave(len(x) // len(rows))
+        elif bool((rows == rows[0]).all()):
+            rows = rows[:1]
+        else:
             raise StepError(f"a batch of {len(x)} cannot be shared among the timesteps of {len(rows)} samples")
-        rows = rows.repeat_interleave(len(x) // len(rows))
     return rows.reshape(-1, *[1] * (x.ndim - 1))

@@ -323,13 +323,15 @@ def _layer_info(
 def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:
     """``call`` with another sample, and with other timesteps within the schedule."""
     name, time = sample_name(denoiser), timestep_name(call.arguments)
-    sample, timestep = call.arguments[name], call.arguments[time]
-    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
-    halved = torch.where(timestep > 0, timestep / 2, 1).to(timestep)
-    return (
-        Call({**call.arguments, name: sample + noise}),
-        Call({**call.arguments, time: halved}),
-    )
+    random = torch.Generator().manual_seed(0)
+
+    def other_sample(path: str, tensor: Tensor) -> Tensor:
+        return tensor + torch.randn(tensor.shape, generator=random).to(tensor) if path == f"call.{name}" else tensor
+
+    def halved(path: str, tensor: Tensor) -> Tensor:
+        return torch.where(tensor > 0, tensor / 2, 1).to(tensor) if path == f"call.{time}" else tensor
+
+    return call.map(other_sample), call.map(halved)
 
 
 def _left_alone(denoiser: nn.Module, executed: Container[str]) -> dict[str, str]:

@@ -203,7 +203,7 @@ def feature_grams(context: Context, names: list[str], batch_size: int) -> dict[s
     timesteps of the recorded trajectories: one batch of features is in memory at a time."""
     grams: dict[str, Tensor] = {}
     steps = range(len(context.pool.timesteps))
-    indices = torch.cat([context.pool.indices_at(step)[:FEATURE_IMAGES] for step in steps])
+    indices = torch.cat([context.pool.indices_at(step, FEATURE_IMAGES) for step in steps])
     for chosen in context.pool.split(indices, batch_size):
         call, _ = context.batch(chosen)
         with _features(context.teacher, names) as features:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
 
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, keeping_dtype, pack, packed_size, unpack
@@ -161,8 +164,8 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, float32, computed at every read."""
-        return self.tensors().weight.dequantize().as_subclass(_Computed)
+        """The dequantized weight, float32, computed whenever its values are read."""
+        return _Computed(self)
 
     def tensors(self) -> LayerTensors:
         """The layer's tensors as kernels take them, the codes unpacked."""
@@ -248,10 +251,30 @@ class PackedModule(nn.Module):
 
 
 class _Computed(Tensor):
-    """A tensor that was computed to be read. Adapters are fused by writing to ``weight.data``, which would be lost."""
+    """The weight of a packed layer. Denoisers that ask for its dtype in every forward pass do not have it computed.
+
+    Adapters are fused by writing to ``weight.data``, which would be lost.
+    """
 
     # what is computed from it is a plain tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _layer: PackedModule
+
+    def __new__(cls, layer: PackedModule) -> Self:
+        shape, device = layer.weight_shape, layer.weight_scale.device
+        computed: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
+        computed._layer = layer
+        return computed
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, op: OpOverload[Any, Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        plain = tree_map_only(cls, lambda weight: weight._layer.tensors().weight.dequantize(), (args, kwargs or {}))
+        return op(*plain[0], **plain[1])
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        return self.detach().numpy(force=force)
 
     @property
     def data(self) -> Tensor:

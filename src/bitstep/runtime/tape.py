@@ -35,6 +35,14 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_FILLS = {
+    torch.ops.aten.full.default,
+    torch.ops.aten.new_full.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.ones.default,
+    torch.ops.aten.zeros.default,
+}
 _COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 _TRANSFERS = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}  # from one device to another
 _ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}  # what no dispatcher sees
@@ -105,6 +113,7 @@ class Recorder(TorchDispatchMode):
         self.refusal: str | None = None
         self._buffers: dict[int, int] = {}  # by the address of the storage object,
         self._held: list[StorageWeakRef] = []  # which stays its own for as long as there is a reference
+        self._filled: dict[int, tuple[Any, ...]] = {}  # constants that may be written to, and how they are made
         for tensor in inputs:
             self._add(tensor)
         self.inputs = [self.view(tensor) for tensor in inputs]
@@ -119,6 +128,8 @@ class Recorder(TorchDispatchMode):
         written = tensors_of(
             [values.get(a.name) for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         )
+        for tensor in written:
+            self._make_own(tensor)
         self.refusal = self.refusal or _opaque(given) or self._why_not(op, values, written)
         result = op(*args, **kwargs)
         self.refusal = self.refusal or _opaque(tensors_of(result)) or self._why_not_alone(op, given, tensors_of(result))
@@ -135,6 +146,8 @@ class Recorder(TorchDispatchMode):
                 self._append(_bind, (op, args, kwargs, result), [*fresh, *written])
             if _gives_values(op):
                 self.refusal = f"{op} depends on values"
+        elif op in _FILLS:
+            self._filled[_address(result)] = (op, args, kwargs, result)
         self._note(given)
         return result
 
@@ -160,6 +173,13 @@ class Recorder(TorchDispatchMode):
         self._buffers[storage._cdata] = len(self.nbytes)
         self._held.append(StorageWeakRef(storage))
         self.nbytes.append(storage.nbytes())
+
+    def _make_own(self, tensor: Tensor) -> None:
+        """A constant that is written to is made anew in every replay."""
+        made = self._filled.pop(_address(tensor), None)
+        if made is not None:
+            self._add(made[-1])
+            self._append(_bind, made, [made[-1]])
 
     def _append(
         self,

@@ -66,7 +66,7 @@ def stream(
 def _trajectory(
     source: Source, numbers: range, bf16: bool, sampling: Sampling, earlier: Sequence[Shard]
 ) -> list[Shard]:
-    recorder = Recorder(source.denoiser, source.pipeline.scheduler, len(numbers))
+    recorder = Recorder(source.denoiser, source.pipeline.scheduler, numbers)
     with recorder, _in_bfloat16(source.denoiser) if bf16 else nullcontext():
         generate_latents(source.pipeline, numbers, **sampling)
     return recorder.shards(earlier)
@@ -88,9 +88,9 @@ def _in_bfloat16(denoiser: nn.Module) -> AbstractContextManager[None]:
 
 
 def _in_float32(output: Any) -> Any:
-    """What a denoiser returned, a tensor, a tuple or an output object, its tensors as float32."""
+    """What a denoiser returned, a tensor, a tuple, a list or an output object, its tensors as float32."""
     if isinstance(output, Tensor):
         return output.float()
-    if isinstance(output, tuple):
-        return tuple(map(_in_float32, output))
+    if isinstance(output, tuple | list):
+        return type(output)(map(_in_float32, output))
     return type(output)(**{name: _in_float32(value) for name, value in output.items()})

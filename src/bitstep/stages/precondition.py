@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import run, sample_name, wrapped
+from bitstep.denoiser.calls import run, sample_name, stacked, wrapped
 from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
@@ -26,7 +26,7 @@ AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)
 def check(denoiser: nn.Module, pool: Pool) -> None:
     """Raise UsageError where what ``denoiser`` returns cannot be added to its sample."""
     call, target = pool.batch([0])
-    output, sample = shared(target, call.arguments[sample_name(denoiser)])
+    output, sample = shared(target, stacked(call.arguments[sample_name(denoiser)]))
     if output.shape != sample.shape:
         raise UsageError(
             f"the output of {type(denoiser).__name__} {list(target.shape)} does not have the shape of its sample "
@@ -60,9 +60,9 @@ def precondition(
     found = []
     for step in range(steps):
         products = torch.zeros(3, 3, dtype=torch.float64)
-        for indices in pool.split(pool.indices_at(step)[:images], batch_size):
+        for indices in pool.split(pool.indices_at(step, images), batch_size):
             call, target = pool.batch(indices)
-            target, sample = shared(target, call.arguments[sample_name(denoiser)])
+            target, sample = shared(target, stacked(call.arguments[sample_name(denoiser)]))
             output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
             products += moments(*(pool.guided(rows) for rows in (output, sample, target)))
         found.append(products)

@@ -106,7 +106,7 @@ def observe(
         handles.append(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
     try:
         for row in range(steps):
-            for indices in pool.split(pool.indices_at(row)[:images], batch_size):
+            for indices in pool.split(pool.indices_at(row, images), batch_size):
                 runs.clear()
                 call, _ = pool.batch(indices)
                 run(denoiser, call.to(device))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import first_tensor, timestep_of, wrapped
+from bitstep.denoiser.calls import first_tensor, timestep_of, unwrapped, wrapped
 from bitstep.progress import Progress, silent
 from bitstep.randomness import generator
 from bitstep.stages.generate import Sampling, batches, generate_latents
@@ -100,7 +100,8 @@ class _Disturbing:
             tensor = first_tensor(output)
             noise = torch.randn(tensor.shape, generator=generator(self._seed, "disturbance", number)).to(tensor)
             noise *= DISTURBANCE * tensor.square().mean().sqrt()
-            tensor.add_(noise)
+            for row, change in zip(unwrapped(output), noise, strict=True):  # of a tensor, or of a list
+                row.add_(change)
             self.size = float(noise.square().mean())
         return output
 

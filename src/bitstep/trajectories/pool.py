@@ -58,6 +58,7 @@ class Pool:
         forms = torch.tensor(form_of)[self._places[:, 0]]
         self._alike = [torch.nonzero(forms == form).flatten() for form in range(len(firsts))]
         self._form_of = forms
+        self._image_of = torch.tensor([shards[i].images[row] for i, _, row in self._places.tolist()])
         self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
         self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
         # (EDM's timesteps are logarithms of noise levels, from below 0 to above 1)
@@ -84,9 +85,10 @@ class Pool:
             return rows
         return torch.einsum("k,kb...->b...", self.guidance.to(rows), rows.unflatten(0, (self._chunks, -1)))
 
-    def indices_at(self, step: int) -> Tensor:
-        """Samples whose timestep is ``timesteps[step]``."""
-        return torch.nonzero(self.step_of == step).flatten()
+    def indices_at(self, step: int, images: int | None = None) -> Tensor:
+        """Samples whose timestep is ``timesteps[step]``; of the first ``images`` images where that is given."""
+        found = torch.nonzero(self.step_of == step).flatten()
+        return found if images is None else found[self._image_of[found] < images]
 
     @property
     def commonest(self) -> Tensor:
@@ -94,7 +96,8 @@ class Pool:
         return max(self._alike, key=len)
 
     def draw(self, count: int, seed: int, purpose: str, iteration: int) -> Tensor:
-        """Batch number ``iteration`` of ``count`` samples of one form (:func:`bitstep.randomness.draw`)."""
+        """Batch number ``iteration`` of ``count`` samples of one form, all samples equally often in the long run
+        (:func:`bitstep.randomness.draw`; where there is only one form, once in every pass)."""
         first = draw(len(self), 1, seed, f"{purpose}.form", iteration)
         alike = self._alike[self._form_of[first]]
         return alike[draw(len(alike), count, seed, purpose, iteration)]
@@ -109,7 +112,10 @@ class Pool:
 
         Guided samples take k rows each, chunk by chunk (``k * n`` rows: chunk 0 of all samples, then chunk 1).
         """
-        where = self._places[torch.as_tensor(indices)]
+        indices = torch.as_tensor(indices)
+        if len(self._form_of[indices].unique()) != 1:
+            raise ValueError("a batch holds samples of one form: see Pool.split")
+        where = self._places[indices]
         shard_of, call_of, image_of = where.unbind(1)
         row_of = image_of + torch.arange(self._chunks)[:, None] * self._strides[shard_of]
         parts = [(self._shards[i], torch.nonzero(shard_of == i).flatten()) for i in torch.unique(shard_of).tolist()]
@@ -147,8 +153,15 @@ class PoolWriter:
     def __init__(self, folder: str | Path, plan: Mapping[str, Any], train_timesteps: int) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = {"format_version": FORMAT_VERSION, "plan": dict(plan), "train_timesteps": train_timesteps, "batches": 0}
-        self._index: dict[str, Any] = _read_index(self._folder) if (self._folder / INDEX).exists() else fresh | {"shards": []}
+        self._index: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "plan": dict(plan),
+            "train_timesteps": train_timesteps,
+            "batches": 0,
+            "shards": [],
+        }
+        if (self._folder / INDEX).exists():
+            self._index = _read_index(self._folder)
         if self._index["plan"] != json.loads(json.dumps(dict(plan))):
             raise BitstepError(f"{folder} holds calls recorded with other settings: delete it or choose another folder")
 
@@ -164,7 +177,7 @@ class PoolWriter:
         return [_open_shard(self._folder, self._index, number) for number in firsts]
 
     def add(self, shards: Sequence[Shard]) -> None:
-        """Append the shards of a pipeline batch. Raises BitstepError when they cannot be written, a full disk for one."""
+        """Append the shards of a pipeline batch. Raises BitstepError when they cannot be written (a full disk)."""
         start = len(self._index["shards"])
         index = self._index | {
             "batches": len(self) + 1,
@@ -215,6 +228,7 @@ def _described(shard: Shard) -> dict[str, Any]:
         "call": shard.skeleton,
         "batched": dict(shard.batched),
         "varying": list(shard.varying),
+        "images": list(shard.images),
         "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
         "handed": shard.handed,
     }
@@ -232,7 +246,8 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
     grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    return Shard(tensors, entry["call"], entry["batched"], tuple(entry["varying"]), grams, entry["handed"])
+    varying, images = tuple(entry["varying"]), tuple(entry["images"])
+    return Shard(tensors, entry["call"], entry["batched"], varying, images, grams, entry["handed"])
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ batch is a :class:`Shard`, or several where the calls are not all of one form.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,7 +15,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.calls import Call, by_name, first_tensor, put_together, run, take_apart, timestep_name, wrapped
+from bitstep.denoiser.calls import (
+    Call,
+    Samples,
+    by_name,
+    first_tensor,
+    put_together,
+    run,
+    take_apart,
+    timestep_name,
+    unwrapped,
+    wrapped,
+)
 from bitstep.denoiser.steps import of_samples
 from bitstep.errors import BitstepError
 
@@ -33,6 +44,7 @@ class Shard:
     skeleton: the call with names in the place of tensors, JSON
     batched: the arguments with a batch dimension, and how many entries of it, its share, belong to one row: 1, or the
         frames of a video whose text is repeated for each
+    images: the number of the image that each row is part of
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
     handed: how many entries of the output's dimension 1, the first ones, the scheduler was given: half of them where it
@@ -43,6 +55,7 @@ class Shard:
     skeleton: Any
     batched: Mapping[str, int]
     varying: tuple[str, ...]
+    images: tuple[int, ...]
     grams: tuple[Tensor | None, ...]
     handed: int
 
@@ -60,21 +73,23 @@ class _Form:
 
     skeleton: Any
     shapes: dict[str, torch.Size]
+    images: tuple[int, ...]
     leaves: list[dict[str, Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     grams: list[Tensor | None] = field(default_factory=list)
 
 
 class Recorder:
-    """Records every call of ``denoiser`` while a pipeline makes ``images`` images under this context manager.
+    """Records every call of ``denoiser`` while a pipeline makes the ``images`` of these numbers under this context
+    manager.
 
-    It also watches ``scheduler.step``: where one call's output, in chunks of ``images`` rows, was combined into what
+    It also watches ``scheduler.step``: where one call's output, in chunks of as many rows, was combined into what
     the scheduler received, the weights of that combination are the pipeline's classifier-free guidance.
 
     Raises BitstepError on an output that is not finite, and on arguments that cannot be recorded.
     """
 
-    def __init__(self, denoiser: nn.Module, scheduler: Any, images: int) -> None:
+    def __init__(self, denoiser: nn.Module, scheduler: Any, images: Sequence[int]) -> None:
         self._denoiser = denoiser
         self._scheduler = scheduler
         self._images = images
@@ -94,7 +109,8 @@ class Recorder:
         self._exit.close()
 
     def shards(self, earlier: Iterable[Shard] = ()) -> list[Shard]:
-        """What was recorded, form by form. What has a batch dimension is known of the forms that ``earlier`` ones have."""
+        """What was recorded, form by form. What has a batch dimension is taken from ``earlier`` shards with the same
+        arguments."""
         if not self._forms:
             raise BitstepError(f"the pipeline never called its {type(self._denoiser).__name__}")
         known = list(earlier)
@@ -115,7 +131,7 @@ class Recorder:
             else:
                 raise BitstepError(f"the argument {name} has no batch dimension but changes between denoiser calls")
         handed = self._handed or form.outputs[0].shape[1]
-        return Shard(tensors, form.skeleton, batched, tuple(varying), tuple(form.grams), handed)
+        return Shard(tensors, form.skeleton, batched, tuple(varying), form.images, tuple(form.grams), handed)
 
     def _called(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         result = first_tensor(output).detach()
@@ -131,12 +147,21 @@ class Recorder:
                 "finite (NaN or infinity): check its weights, or load it in float32"
             )
         arguments[name] = timestep.expand(rows, *timestep.shape[1:])
+        images = [self._images[row % len(self._images)] for row in range(rows)]
+        if isinstance(unwrapped(output), list):
+            for part, samples in _of_one_shape(arguments, rows):
+                self._add(part, result[samples], tuple(images[row] for row in samples))
+        else:
+            self._add(arguments, result, tuple(images))
+        self._pending += 1
+
+    def _add(self, arguments: Mapping[str, Any], result: Tensor, images: tuple[int, ...]) -> None:
         leaves: dict[str, Tensor] = {}
         skeleton = take_apart(arguments, "call", leaves)
         shapes = {n: tensor.shape for n, tensor in leaves.items()} | {OUTPUT: result.shape}
-        form = next((f for f in self._forms if (f.skeleton, f.shapes) == (skeleton, shapes)), None)
+        form = next((f for f in self._forms if (f.skeleton, f.shapes, f.images) == (skeleton, shapes, images)), None)
         if form is None:
-            form = _Form(skeleton, shapes)
+            form = _Form(skeleton, shapes, images)
             self._forms.append(form)
         # what stays equal from call to call (embeddings, labels) is kept once; copies, since pipelines work in place
         previous = form.leaves[-1] if form.leaves else {}
@@ -144,14 +169,13 @@ class Recorder:
         form.outputs.append(result.to("cpu", copy=True))
         form.grams.append(None)
         self._latest = form
-        self._pending += 1
 
     def _watch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             handed = args[0] if args else kwargs["model_output"]
             if self._pending == 1:  # guidance in two passes is two independent calls
                 form = self._latest
-                form.grams[-1] = _gram(form.outputs[-1], handed.detach().cpu(), self._images)
+                form.grams[-1] = _gram(form.outputs[-1], handed.detach().cpu(), len(self._images))
             if self._pending:  # a step may follow another denoiser's call
                 output = self._latest.outputs[-1]
                 same = handed.shape[2:] == output.shape[2:]
@@ -213,6 +237,19 @@ class Recorder:
             f"no row of a batch of {type(self._denoiser).__name__} can be computed by itself: expected arguments whose "
             f"first dimension is the batch, or that all rows share; got {shapes}"
         )
+
+
+def _of_one_shape(arguments: Mapping[str, Any], rows: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """A call with lists of one tensor a sample as calls of samples whose tensors have the same shapes (the texts of
+    others are longer), each with the samples' numbers."""
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == rows}
+    alike: dict[tuple[torch.Size, ...], list[int]] = {}
+    for row in range(rows):
+        alike.setdefault(tuple(tensors[row].shape for tensors in lists.values()), []).append(row)
+    time = timestep_name(arguments)
+    for samples in alike.values():
+        parts = {name: Samples(tensors[row] for row in samples) for name, tensors in lists.items()}
+        yield {**arguments, **parts, time: arguments[time][samples]}, samples
 
 
 def fit_guidance(grams: Sequence[Tensor | None], eps: float) -> Tensor | None:

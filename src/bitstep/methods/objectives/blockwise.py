@@ -30,8 +30,8 @@ from bitstep.trajectories.rows import Rows
 class BlockwiseDistillation(Objective):
     """Every block of :func:`bitstep.denoiser.structure.blocks` with trained layers is a unit, in order of execution.
 
-    samples: recorded calls, over all timesteps, that the blocks are fitted to; of a pipeline that calls its denoiser in
-        several forms, those of the commonest. A block that runs several times in one forward pass is fitted to the first.
+    samples: recorded calls, over all timesteps, that the blocks are fitted to; where there are calls of several forms,
+        of the commonest. A block that runs several times in one forward pass is fitted to the first.
     full_resolution: only the blocks that see as many positions as any
     leave: so many last blocks, which another phase trains
     """
