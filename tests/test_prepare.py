@@ -9,13 +9,12 @@ import torch
 from diffusers import EDMEulerScheduler
 from pipelines import build
 
-from bitstep.checkpoint import pack_model
 from bitstep.denoiser.calls import run
 from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
-from bitstep.stages.pack import packed_attention, packed_layers
+from bitstep.stages.pack import pack
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.ranges import VALUES_PER_STEP, observe
 from bitstep.trajectories.pool import Pool
@@ -41,15 +40,7 @@ def packed_error(student: Student, pool: Pool) -> float:
     call, _ = pool.batch(torch.arange(len(pool)))
     with torch.no_grad():
         expected = run(student.denoiser, call)
-        packed = pack_model(
-            student.denoiser,
-            packed_layers(student.layers, student.plan),
-            grid=student.cursor.grid,
-            modules_to_not_convert=student.plan.left_alone,
-            total_macs=student.plan.total_macs,
-            recipe={},
-            attention=packed_attention(student.attention, student.plan),
-        )
+        packed = pack(student, {})
         set_backend(packed, "reference")
         return float((run(packed, call) - expected).norm() / expected.norm())
 
