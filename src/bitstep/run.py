@@ -90,6 +90,7 @@ def quantize(
             if name != loaded.component and type(component) is type(loaded.denoiser):
                 progress.line(f"{name} is another {type(component).__name__}: it is left in full precision")
         images = None if data is None else _read_images(Path(data), loaded, texts)
+        _say_what_is_learned_from(resolved, images, progress)
         student = _fit(loaded, resolved, work, seed, texts, images, progress)
         _publish(loaded, student, resolved, work, progress)
     except torch.OutOfMemoryError as error:
@@ -102,6 +103,14 @@ def quantize(
     finally:
         work.leave()
     return out
+
+
+def _say_what_is_learned_from(recipe: Recipe, images: TrainingImages | None, progress: Reporter) -> None:
+    objectives = [phase.objective for phase in recipe.method.training if phase.objective.wants_images]
+    if objectives and images is None:
+        progress.line("without images (--data) it learns from the full-precision model's own trajectories")
+    elif any(objective.emphasis for objective in objectives):
+        progress.line("on images all timesteps count alike: an emphasis is for distillation")
 
 
 def _fit(
@@ -207,17 +216,23 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         "layers": [asdict(layer) | {"bases": layers[layer.name].format.bases} for layer in student.plan.layers],
         "attention": [asdict(site) for site in student.plan.attention],
         "left_alone": dict(student.plan.left_alone),
-        "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
-        "folded": student.folded,
+        "rewritten": {
+            kind: {name: asdict(statistics) for name, statistics in layers.items()}
+            for kind, layers in student.rewritten.statistics.items()
+        },
+        "folded": student.rewritten.folded,
     }
     with without_progress_bars():
         work.publish(source.pipeline.save_pretrained, plan)
     progress.line(
-        f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers"
+        f"{len(layers)} layers quantized, {student.plan.average_weight_bits:.4g} bits a weight; both factors of "
+        f"{student.plan.coverage:.1%} of the multiply-accumulates"
     )
-    if student.rewritten:
-        folded = sum(len(readers) for readers in student.folded.values())
-        progress.line(f"{summary(student.rewritten.values())}; in {folded} of them by the norm before")
+    for kind, found in student.rewritten.statistics.items():
+        progress.line(f"{kind}: {summary(found.values())}")
+    if scales := student.rewritten.scales:
+        folded = sum(map(len, student.rewritten.folded.values()))
+        progress.line(f"1 / s: in the gains of a norm for {folded} layers, a vector for {len(scales) - folded}")
 
 
 def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:
