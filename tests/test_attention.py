@@ -64,7 +64,7 @@ def test_untouched_operands_give_what_torch_gives(options: dict[str, Any], monke
     expected = F.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(attend(lambda _, x: x, query, key, value, **options), expected)
     # in pieces of three heads and of one, where memory is short
-    monkeypatch.setattr(bitstep.denoiser.attention, "TOGETHER", 2 * 3 * 5 * 7)
+    monkeypatch.setattr(bitstep.denoiser.attention, "MAX_PROBABILITIES", 2 * 3 * 5 * 7)
     shapes = []
 
     def seen(operand: str, x: Tensor) -> Tensor:

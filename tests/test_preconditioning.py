@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bitstep
 from bitstep.checkpoint.config import BitstepConfig
 from bitstep.denoiser.calls import run, sample_name, stacked
-from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
+from bitstep.denoiser.preconditioning import Preconditioning, common_channels, fit, inner_products
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.errors import BitstepError, UsageError
 from bitstep.recipe import resolve
@@ -34,7 +34,7 @@ def _noise(seed: int, *shape: int) -> Tensor:
 
 def test_a_faithful_output_is_left_alone() -> None:
     target, sample = _noise(0, 4, 3, 16, 16), _noise(1, 4, 3, 16, 16)
-    assert fit(moments(target, sample, target), averaged=2.0) == pytest.approx((1, 0), abs=1e-6)
+    assert fit(inner_products(target, sample, target), averaged=2.0) == pytest.approx((1, 0), abs=1e-6)
 
 
 @pytest.mark.parametrize("gain", [1.0, -3.0])
@@ -45,7 +45,7 @@ def test_noise_is_weighed_against_what_the_sample_cannot_say(averaged: float, ga
     sample, signal, noise = _noise(0, *shape), 0.1 * _noise(1, *shape), 0.2 * _noise(2, *shape)
     target = sample + signal
     output = gain * (target + noise)
-    out, skip = fit(moments(output, sample, target), averaged)
+    out, skip = fit(inner_products(output, sample, target), averaged)
     assert gain * out == pytest.approx(0.01 / (0.01 + 0.04 / averaged), rel=0.05)
     assert skip == pytest.approx(1 - gain * out, rel=0.05)
     if averaged == 1:  # least squares: nothing near it is closer
@@ -59,7 +59,7 @@ def test_noise_is_weighed_against_what_the_sample_cannot_say(averaged: float, ga
 
 def test_an_output_of_zeros_is_fitted_by_the_sample_alone() -> None:
     sample = _noise(0, 2, 3, 8, 8)
-    out, skip = fit(moments(torch.zeros_like(sample), sample, 0.5 * sample), averaged=2.0)
+    out, skip = fit(inner_products(torch.zeros_like(sample), sample, 0.5 * sample), averaged=2.0)
     assert out == 0
     assert skip == pytest.approx(0.5)
 
@@ -126,7 +126,9 @@ def test_every_denoiser_comes_closer_to_its_teacher(name: str) -> None:
             for indices in pool.split(pool.indices_at(step), 4):
                 call, target = pool.batch(indices)
                 with torch.no_grad():
-                    error, _ = shared(run(student, call) - target, stacked(call.arguments[sample_name(student)]))
+                    error, _ = common_channels(
+                        run(student, call) - target, stacked(call.arguments[sample_name(student)])
+                    )
                 squares.append(pool.guided(error).square().flatten())
             found.append(float(torch.cat(squares).mean()))
         return found

@@ -135,7 +135,7 @@ def test_outside_a_forward_pass_there_is_no_position() -> None:
 
 
 def test_a_model_without_a_timestep_argument_is_refused() -> None:
-    with pytest.raises(StepError, match="no argument named timestep"):
+    with pytest.raises(StepError, match="with an argument named timestep"):
         StepCursor(StepGrid((0.5,), 1.0)).attach(nn.Linear(2, 2))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bitstep.arguments import at_least, several
+from bitstep.arguments import as_list, at_least
 from bitstep.errors import UsageError
 from bitstep.files import check_path, write_atomically
 from bitstep.progress import SILENT, Progress, Reporter, silent
@@ -123,7 +123,7 @@ def report(
     at_least(2, num=num)
     at_least(1, steps=steps, batch_size=batch_size)
     path = check_path(Path(out), "a report", (".html",))
-    models = [load(directory, device=device) for directory in several(directories)]
+    models = [load(directory, device=device) for directory in as_list(directories)]
     if not models:
         raise UsageError("there is nothing to report on: give at least one packed folder")
     for model in models:

@@ -17,8 +17,8 @@ def at_least(least: int, **numbers: int | None) -> None:
             raise UsageError(f"{name.replace('_', ' ')} {number} is too small: expected at least {least}")
 
 
-def several(given: str | Path | Iterable[str | Path]) -> list[str]:
-    """What was given one by one, or alone."""
+def as_list(given: str | Path | Iterable[str | Path]) -> list[str]:
+    """One value, or an iterable of them, as a list of strings."""
     return [str(each) for each in ([given] if isinstance(given, str | Path) else given)]
 
 

@@ -40,7 +40,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def check(status: Any, function: Any, _: Any) -> Any:
-    """The ``errcheck`` of a kernel: MemoryError where there was none for what it keeps meanwhile."""
+    """The ctypes ``errcheck`` of a kernel: MemoryError where it ran out of scratch memory."""
     if status:
         raise MemoryError(f"{function.__name__} is out of memory")
 

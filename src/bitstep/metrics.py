@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 SSIM_WINDOW = 11
 NEIGHBOURS = 3  # of precision and recall
-TOGETHER = 16  # images that are compared at once: float64 takes eight times their bytes, and SSIM a dozen times that
+CHUNK = 16  # images that are compared at once: float64 takes eight times their bytes, and SSIM a dozen times that
 _DISTANCES = 2**26  # between features, computed at once: half a gigabyte
 
 
@@ -51,7 +51,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(a.split(TOGETHER), b.split(TOGETHER), strict=True)
+    return zip(a.split(CHUNK), b.split(CHUNK), strict=True)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

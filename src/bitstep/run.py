@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from bitstep.arguments import several
+from bitstep.arguments import as_list
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
@@ -59,7 +59,7 @@ def quantize(
     what fails on the way; ``out`` then does not exist.
     """
     source, out = str(source), Path(out)
-    resolved = resolve(recipe, bits, effort, several(overrides))
+    resolved = resolve(recipe, bits, effort, as_list(overrides))
     texts = read_prompts(prompts)
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 OPERANDS = ("query", "key", "value", "probability")
 
-TOGETHER = 2**27
+MAX_PROBABILITIES = 2**27
 """Probabilities that :func:`attend` computes at a time without gradients, half a gigabyte in float32."""
 
 Transform = Callable[[str, Tensor], Tensor]
@@ -42,8 +42,8 @@ def attend(
 ) -> Tensor:
     """``scaled_dot_product_attention`` of transformed operands, as plain matrix products.
 
-    Without gradients it goes by a few heads at a time where the probabilities of all would take too much memory
-    (``TOGETHER``), one at least; ``transform`` then meets them in pieces ``[batch, some heads, queries, keys]``.
+    Without gradients it goes by a few heads at a time, one at least, where those of all would be more than
+    ``MAX_PROBABILITIES``; ``transform`` then meets them in pieces ``[batch, some heads, queries, keys]``.
     """
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
@@ -53,7 +53,7 @@ def attend(
     compute = partial(_attend, transform, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     heads = query.shape[1] if query.ndim == 4 else 1
     probabilities = query[..., 0].numel() * key.shape[-2]
-    together = heads if torch.is_grad_enabled() else max(1, heads * TOGETHER // max(probabilities, 1))
+    together = heads if torch.is_grad_enabled() else max(1, heads * MAX_PROBABILITIES // max(probabilities, 1))
     if together >= heads:
         return compute(query, key, value, attn_mask)
     masks: Iterable[Tensor | None] = repeat(None)

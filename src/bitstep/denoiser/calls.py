@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.steps import TIMESTEP_NAMES, of_samples
+from bitstep.denoiser.steps import of_samples, timestep_name
 from bitstep.errors import BitstepError
 
 
@@ -88,14 +88,6 @@ def timestep_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
 def sample_name(denoiser: nn.Module) -> str:
     """Which of a denoiser's arguments is the noisy sample: its first."""
     return next(iter(inspect.signature(denoiser.forward).parameters))
-
-
-def timestep_name(arguments: Mapping[str, Any]) -> str:
-    """Which of a denoiser's arguments is its timestep."""
-    name = next((name for name in TIMESTEP_NAMES if name in arguments), None)
-    if name is None:
-        raise BitstepError(f"the denoiser is called without an argument named {' or '.join(TIMESTEP_NAMES)}")
-    return name
 
 
 def take_apart(value: Any, name: str, leaves: dict[str, Tensor]) -> Any:

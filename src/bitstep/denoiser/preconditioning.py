@@ -56,7 +56,7 @@ class Preconditioning(nn.Module):
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         returned, given = unwrapped(result), kwargs[self._sample] if self._sample in kwargs else args[0]
         whole = stacked(returned)
-        output, sample = shared(whole, stacked(given))
+        output, sample = common_channels(whole, stacked(given))
         position = self.cursor.position.to(output.device)
         out, skip = (per_sample(interpolate(table, position), output) for table in (self.out, self.skip))
         output.mul_(out).add_((skip * sample).to(output.dtype))
@@ -64,20 +64,20 @@ class Preconditioning(nn.Module):
             returned[:] = whole.unbind()
 
 
-def shared(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+def common_channels(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of the two that belong together: the channels of the one with fewer."""
     axis = 2 if output.ndim == 3 else 1  # tokens have their channels last
     channels = min(output.shape[axis], sample.shape[axis])
     return output.narrow(axis, 0, channels), sample.narrow(axis, 0, channels)
 
 
-def moments(output: Tensor, sample: Tensor, target: Tensor) -> Tensor:
+def inner_products(output: Tensor, sample: Tensor, target: Tensor) -> Tensor:
     """All that :func:`fit` needs to know of the three, of one shape: their inner products, float64 ``[3, 3]``."""
     rows = torch.stack([tensor.flatten().double() for tensor in (output, sample, target)])
     return rows @ rows.T
 
 
-def fit(moments: Tensor, averaged: float) -> tuple[float, float]:
+def fit(products: Tensor, averaged: float) -> tuple[float, float]:
     """``(c_out, c_skip)`` that bring ``c_out * output + c_skip * sample`` to ``target``.
 
     c_out follows from q and y, the parts of output and target that are orthogonal to the sample. Least squares would
@@ -90,10 +90,10 @@ def fit(moments: Tensor, averaged: float) -> tuple[float, float]:
     c_skip is the least-squares weight of the sample, given c_out.
     """
     # project output and target onto the complement of the sample
-    beside_sample = moments - moments[:, 1:2] * moments[1:2] / moments[1, 1].clamp(min=_TINY)
+    beside_sample = products - products[:, 1:2] * products[1:2] / products[1, 1].clamp(min=_TINY)
     of_output, of_target = beside_sample[0, 0].clamp(min=_TINY), beside_sample[2, 2].clamp(min=_TINY)
     both = beside_sample[0, 2]
     share = both.square() / (of_output * of_target)
     out = both / of_output / (share + (1 - share) / averaged)
-    skip = (moments[2, 1] - out * moments[0, 1]) / moments[1, 1].clamp(min=_TINY)
+    skip = (products[2, 1] - out * products[0, 1]) / products[1, 1].clamp(min=_TINY)
     return float(out), float(skip)

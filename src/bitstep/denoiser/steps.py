@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,11 +21,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from bitstep.errors import BitstepError
+
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 _MARGIN = 1e-4  # schedulers in float16 may pass 1.0002
 
 
-class StepError(RuntimeError):
+class StepError(BitstepError):
     """A per-timestep table was used without a timestep, or with one that the schedule cannot contain."""
 
 
@@ -96,6 +98,14 @@ class StepGrid:
         return Position(lower, upper, torch.where(lower == upper, 0.0, fraction).float())
 
 
+def timestep_name(names: Container[str]) -> str:
+    """Which of a denoiser's arguments, by their names, is its timestep."""
+    name = next((name for name in TIMESTEP_NAMES if name in names), None)
+    if name is None:
+        raise StepError(f"expected a denoiser with an argument named {' or '.join(TIMESTEP_NAMES)}")
+    return name
+
+
 def of_samples(timestep: Tensor) -> Tensor:
     """Of several timesteps a sample ``[batch, n]`` (Wan 2.2 has one for every token) the largest: those of pictures
     that are given are 0. Other shapes as they are."""
@@ -143,18 +153,14 @@ class StepCursor:
     def attach(self, denoiser: nn.Module) -> None:
         """Set the position from the ``timestep`` argument of every forward of ``denoiser``, and clear it after."""
         names = list(inspect.signature(denoiser.forward).parameters)
-        name = next((n for n in TIMESTEP_NAMES if n in names), None)
-        if name is None:
-            raise StepError(f"{type(denoiser).__name__}.forward has no argument named {' or '.join(TIMESTEP_NAMES)}")
+        name = timestep_name(names)
         self._argument = (names.index(name), name)
         denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
         denoiser.register_forward_hook(self._leave, always_call=True)
 
-    @contextmanager
-    def at(self, timestep: Tensor | float) -> Iterator[None]:
+    def at(self, timestep: Tensor | float) -> AbstractContextManager[None]:
         """Hold the position of ``timestep`` for code that runs parts of a denoiser."""
-        with self.hold(self.grid.locate(timestep)):
-            yield
+        return self.hold(self.grid.locate(timestep))
 
     def checkpoint(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing that recomputes at the position of the first computation.

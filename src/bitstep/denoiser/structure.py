@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bitstep.denoiser.calls import Call, run, sample_name, timestep_name, wrapped
-from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, input_of, weight_of
+from bitstep.denoiser.calls import Call, run, sample_name, wrapped
+from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, input_of, refusal, weight_of
+from bitstep.denoiser.steps import timestep_name
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -347,8 +348,7 @@ def _left_alone(denoiser: nn.Module, executed: Container[str]) -> dict[str, str]
         matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
         if not matrices or next(module.children(), None) is not None or name in executed:
             continue
-        is_layer = isinstance(module, QUANTIZABLE)
-        reasons[name] = "never ran" if is_layer else f"{type(module).__name__} is not a Linear, Conv1d or Conv2d"
+        reasons[name] = refusal(module) or "never ran"
     return reasons
 
 

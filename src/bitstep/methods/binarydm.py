@@ -47,7 +47,7 @@ from bitstep.surgery import LayerPlan, Plan, add_bases, add_bits
 
 Share = Annotated[float, Field(ge=0, le=1)]
 EVOLVABLE = 0.1
-"""Of all weights, those whose second bases evolve: at the model's head and tail, as many as keep theirs at W1.1."""
+"""Share of all weights that start with a second basis: those at the model's head and tail that have one at W1.1."""
 WIDER_BITS = (4, 8)
 """Uniform bits that a measured allocation may give a layer, besides a second basis."""
 FEATURE_IMAGES = 16

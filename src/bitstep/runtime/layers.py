@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
+from bitstep.denoiser.layers import QUANTIZABLE, refusal
 from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight, keeping_dtype, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem, refuse_gradients
@@ -45,10 +46,7 @@ class LayerFormat:
 
 
 def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Problem:
-    """What a kernel would be asked for ``layer``, a linear layer or convolution, packed as ``layer_format``.
-
-    Raises BitstepError for a layer that cannot be packed.
-    """
+    """What a kernel would be asked for ``layer``, a linear layer or convolution, packed as ``layer_format``."""
     shared: dict[str, Any] = {f.name: getattr(layer_format, f.name) for f in fields(layer_format) if f.name != "steps"}
     if isinstance(layer, nn.Linear):
         return Problem(
@@ -63,11 +61,7 @@ def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Pr
             device=device,
             **shared,
         )
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise BitstepError(
-            f"a convolution with {layer.padding_mode!r} padding of {layer.padding!r} cannot be packed: "
-            "expected zeros, and their number"
-        )
+    assert not isinstance(layer.padding, str)  # those are refused
     return Problem(
         op="conv1d" if isinstance(layer, nn.Conv1d) else "conv2d",
         in_channels=layer.in_channels,
@@ -299,10 +293,11 @@ class PackedConv2d(PackedModule, nn.Conv2d):  # type: ignore[override]
 
 def packed_like(layer: nn.Module, layer_format: LayerFormat, rows: StepRows | None) -> PackedModule:
     """The empty packed layer that takes the place of ``layer``; BitstepError where none can."""
-    if isinstance(layer, nn.Linear):
-        return PackedLinear(layer, layer_format, rows)
-    if isinstance(layer, nn.Conv1d):
-        return PackedConv1d(layer, layer_format, rows)
-    if isinstance(layer, nn.Conv2d):
-        return PackedConv2d(layer, layer_format, rows)
-    raise BitstepError(f"a {type(layer).__name__} cannot be packed: expected a Linear, Conv1d or Conv2d")
+    if why := refusal(layer):
+        raise BitstepError(f"a {type(layer).__name__} cannot be packed: {why}")
+    kinds: dict[type[nn.Module], Callable[..., PackedModule]] = {
+        nn.Linear: PackedLinear,
+        nn.Conv1d: PackedConv1d,
+        nn.Conv2d: PackedConv2d,
+    }
+    return next(kinds[kind](layer, layer_format, rows) for kind in QUANTIZABLE if isinstance(layer, kind))

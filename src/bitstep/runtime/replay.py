@@ -171,7 +171,7 @@ class Watch:
         return position.lower, position.upper, position.fraction
 
     def at(self, position: Any) -> AbstractContextManager[None]:
-        """Let the forward pass stand there instead."""
+        """Run forward passes with the model's step cursor at ``position``."""
         return nullcontext() if self._cursor is None else self._cursor.hold(Position(*position))
 
 

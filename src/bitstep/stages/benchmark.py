@@ -28,7 +28,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from bitstep.arguments import at_least, check_device, several
+from bitstep.arguments import as_list, at_least, check_device
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.steps import TIMESTEP_NAMES
 from bitstep.errors import BitstepError, UsageError
@@ -76,7 +76,7 @@ def benchmark(
     """
     at_least(1, batch_size=batch_size, rounds=rounds)
     check_device(device)
-    against = several(against)
+    against = as_list(against)
     for name in against:
         _check(name)
     if backend is not None:

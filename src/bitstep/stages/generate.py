@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
@@ -117,49 +117,14 @@ def generate_batch(
     Raises UsageError for prompts, guidance or a size given to a pipeline that takes none, and for more steps than its
     schedule has, BitstepError for a pipeline that needs other input (an image, say) or fails.
     """
-    seed, prompts = sampling["seed"], sampling.get("prompts")
-    guidance_scale, size = sampling.get("guidance_scale"), read_size(sampling.get("size"))
-    name = type(pipeline).__name__
-    parameters = inspect.signature(pipeline.__call__).parameters
-    if prompts is not None and "prompt" not in parameters:
-        raise UsageError(f"{name} takes no prompts")
-    if guidance_scale is not None and "guidance_scale" not in parameters:
-        raise UsageError(f"{name} takes no guidance scale")
-    if untaken := size.keys() - parameters.keys():
-        raise UsageError(f"{name} takes no {', '.join(sorted(untaken))}: leave it out of the size")
-    longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
-    if sampling["steps"] > longest:
-        raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")
-    generators = [generator(seed, "noise", number) for number in numbers]
-    texts = prompts or PROMPTS
-    offered: dict[str, Callable[[], Any]] = {
-        "batch_size": lambda: len(numbers),
-        "prompt": lambda: [texts[number % len(texts)] for number in numbers],
-        "generator": lambda: generators,
-        "num_inference_steps": lambda: sampling["steps"],
-        "output_type": lambda: output_type,
-        "use_resolution_binning": lambda: False,  # images have the denoiser's native size: nothing to bin
-    }
-    if classes := _classes(pipeline):
-        offered["class_labels"] = lambda: [_label(seed, number, classes) for number in numbers]
-    arguments = {parameter: make() for parameter, make in offered.items() if parameter in parameters}
-    arguments |= size
-    if guidance_scale is not None:
-        arguments["guidance_scale"] = guidance_scale
-    missing = [
-        p.name
-        for p in parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
-    ]
-    if missing or not {"generator", "num_inference_steps"} <= arguments.keys():
-        raise BitstepError(
-            f"cannot run {name} on noise: it also needs {', '.join(missing)}"
-            if missing
-            else f"cannot run {name}: it takes no generator or number of inference steps"
-        )
+    name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    _check(pipeline, parameters, sampling)
+    generators = [generator(sampling["seed"], "noise", number) for number in numbers]
+    arguments = _arguments(pipeline, parameters, numbers, sampling)
+    arguments |= {"generator": generators, "output_type": output_type}
     with wrapped(pipeline.scheduler, "step", lambda step: _seeded(step, generators, sampling.get("eta"))):
         try:
-            return _as_tensor(pipeline(**arguments)[0])
+            return _as_tensor(pipeline(**{key: value for key, value in arguments.items() if key in parameters})[0])
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             # by its signature an image may be left out, but not every pipeline can do without
             advice = (
@@ -170,6 +135,52 @@ def generate_batch(
             raise BitstepError(
                 f"{name} failed on noise, in {sampling['steps']} steps: {first_line(error)}{advice}"
             ) from error
+
+
+def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], sampling: Sampling) -> None:
+    """Raise UsageError for what the pipeline does not take."""
+    name = type(pipeline).__name__
+    if sampling.get("prompts") is not None and "prompt" not in parameters:
+        raise UsageError(f"{name} takes no prompts")
+    if sampling.get("guidance_scale") is not None and "guidance_scale" not in parameters:
+        raise UsageError(f"{name} takes no guidance scale")
+    if untaken := read_size(sampling.get("size")).keys() - parameters.keys():
+        raise UsageError(f"{name} takes no {', '.join(sorted(untaken))}: leave it out of the size")
+    longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
+    if sampling["steps"] > longest:
+        raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")
+    if not {"generator", "num_inference_steps"} <= parameters.keys():
+        raise BitstepError(f"cannot run {name}: it takes no generator or number of inference steps")
+
+
+def _arguments(
+    pipeline: DiffusionPipeline,
+    parameters: Mapping[str, inspect.Parameter],
+    numbers: Sequence[int],
+    sampling: Sampling,
+) -> dict[str, Any]:
+    """What a call of the pipeline for images ``numbers`` is given besides their noise, if it takes it; BitstepError
+    where it needs more."""
+    texts = sampling.get("prompts") or PROMPTS
+    arguments: dict[str, Any] = {
+        "batch_size": len(numbers),
+        "prompt": [texts[number % len(texts)] for number in numbers],
+        "num_inference_steps": sampling["steps"],
+        "use_resolution_binning": False,  # images have the denoiser's native size: nothing to bin
+        **read_size(sampling.get("size")),
+    }
+    if classes := _classes(pipeline):
+        arguments["class_labels"] = [_label(sampling["seed"], number, classes) for number in numbers]
+    if (guidance_scale := sampling.get("guidance_scale")) is not None:
+        arguments["guidance_scale"] = guidance_scale
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+    ]
+    if missing:
+        raise BitstepError(f"cannot run {type(pipeline).__name__} on noise: it also needs {', '.join(missing)}")
+    return arguments
 
 
 def generate_latents(pipeline: DiffusionPipeline, numbers: Sequence[int], **sampling: Unpack[Sampling]) -> Tensor:

@@ -15,8 +15,9 @@ class RowSparseAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980) over tables ``[T]`` in which every row keeps its own step count.
 
     Dense Adam moves a row by its stale momentum at every step, also when its timestep was not in the batch. Here a
-    row whose gradient is zero is left untouched: value, moments and count. The tables of a group have equal length;
-    their state is kept stacked, ``[tables, T]``, so that a step costs a few operations however many layers there are.
+    row whose gradient is zero is left untouched: value, moments and count. (torch's SparseAdam wants sparse gradients,
+    and counts the steps of a table, not of a row.) The tables of a group have equal length; their state is kept
+    stacked, ``[tables, T]``, so that a step costs a few operations however many layers there are.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:

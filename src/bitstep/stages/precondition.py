@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import run, sample_name, stacked, wrapped
-from bitstep.denoiser.preconditioning import Preconditioning, fit, moments, shared
+from bitstep.denoiser.preconditioning import Preconditioning, common_channels, fit, inner_products
 from bitstep.errors import UsageError
 from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, batches, generate_latents
@@ -20,13 +20,13 @@ from bitstep.trajectories.pool import Pool
 
 IMAGES = 8
 AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)
-"""What is tried, on so many images, besides leaving the output as it is."""
+"""Values of ``averaged`` that are compared on ``IMAGES`` trajectories, with one another and with no preconditioning."""
 
 
 def check_preconditionable(denoiser: nn.Module, pool: Pool) -> None:
     """Raise UsageError where what ``denoiser`` returns cannot be added to its sample."""
     call, target = pool.batch([0])
-    output, sample = shared(target, stacked(call.arguments[sample_name(denoiser)]))
+    output, sample = common_channels(target, stacked(call.arguments[sample_name(denoiser)]))
     if output.shape != sample.shape:
         raise UsageError(
             f"the output of {type(denoiser).__name__} {list(target.shape)} does not have the shape of its sample "
@@ -62,9 +62,9 @@ def precondition(
         products = torch.zeros(3, 3, dtype=torch.float64)
         for indices in pool.split(pool.indices_at(step, images), batch_size):
             call, target = pool.batch(indices)
-            target, sample = shared(target, stacked(call.arguments[sample_name(denoiser)]))
-            output, _ = shared(run(denoiser, call.to(device)).cpu(), sample)
-            products += moments(*(pool.guided(rows) for rows in (output, sample, target)))
+            target, sample = common_channels(target, stacked(call.arguments[sample_name(denoiser)]))
+            output, _ = common_channels(run(denoiser, call.to(device)).cpu(), sample)
+            products += inner_products(*(pool.guided(rows) for rows in (output, sample, target)))
         found.append(products)
         progress(step + 1, total)
     tables.attach(denoiser)

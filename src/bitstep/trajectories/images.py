@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from bitstep.denoiser.calls import Call, timestep_name
+from bitstep.denoiser.calls import Call
+from bitstep.denoiser.steps import timestep_name
 from bitstep.errors import BitstepError
 
 

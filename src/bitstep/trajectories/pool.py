@@ -78,8 +78,8 @@ class Pool:
         return cls(shards, index["train_timesteps"])
 
     def guided(self, rows: Tensor) -> Tensor:
-        """``[chunks * n, c, ...]``, as calls hold them, -> ``[n, c', ...]``, what the pipeline hands to its scheduler:
-        the chunks as it combines them, or the rows where there is no guidance, of the channels that it hands on."""
+        """A call's outputs ``[chunks * n, c, ...]`` as the pipeline hands them to its scheduler, ``[n, c', ...]``: guided,
+        where there is guidance, and without a learned variance."""
         rows = rows[:, : self._handed]
         if self.guidance is None:
             return rows

@@ -23,11 +23,10 @@ from bitstep.denoiser.calls import (
     put_together,
     run,
     take_apart,
-    timestep_name,
     unwrapped,
     wrapped,
 )
-from bitstep.denoiser.steps import of_samples
+from bitstep.denoiser.steps import of_samples, timestep_name
 from bitstep.errors import BitstepError
 
 OUTPUT = "output"  # a shard's tensor of outputs; the others are "call.NAME", so that no argument can collide
@@ -47,7 +46,7 @@ class Shard:
     images: the number of the image that each row is part of
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
-    handed: how many entries of the output's dimension 1, the first ones, the scheduler was given: half of them where it
+    handed: how many channels of the output, the first ones, the scheduler was given: half of them where it
         does without the variance that the denoiser learned, all of them where that was not to be seen
     """
 
