@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -63,10 +64,8 @@ def quantize(
     texts = read_prompts(prompts)
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
-    if data is not None and not any(phase.objective.wants_images for phase in resolved.method.training):
-        raise UsageError(f"recipe {resolved.method.name!r} is trained without images: leave --data out")
-    if data is not None and not holds_images(Path(data)):
-        raise UsageError(f"{data} holds no images: expected a folder of pictures, or an .npz file")
+    if data is not None:
+        _check_data(Path(data), resolved)
     identity = {
         "source": source,
         "seed": seed,
@@ -80,7 +79,7 @@ def quantize(
     if work is None:
         return out
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with _in_one_line(device, work):
         loaded = load(source, device=device)
         if dispatch.packed_layers(loaded.denoiser):
             raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
@@ -93,6 +92,22 @@ def quantize(
         _say_what_is_learned_from(resolved, images, progress)
         student = _fit(loaded, resolved, work, seed, texts, images, progress)
         _publish(loaded, student, resolved, work, progress)
+    return out
+
+
+def _check_data(data: Path, recipe: Recipe) -> None:
+    """Raise UsageError where nothing could be learned from it."""
+    if not any(phase.objective.wants_images for phase in recipe.method.training):
+        raise UsageError(f"recipe {recipe.method.name!r} is trained without images: leave --data out")
+    if not holds_images(data):
+        raise UsageError(f"{data} holds no images: expected a folder of pictures, or an .npz file")
+
+
+@contextmanager
+def _in_one_line(device: str, work: RunFolder) -> Iterator[None]:
+    """Full memories and disks are errors of one line; the run folder is free when everything is over."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise BitstepError(
             f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
@@ -102,7 +117,6 @@ def quantize(
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:
         work.leave()
-    return out
 
 
 def _say_what_is_learned_from(recipe: Recipe, images: TrainingImages | None, progress: Reporter) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from bitstep.denoiser.attention import OPERANDS, Interception, attend, intercept
-from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.attention import OPERANDS, attend, intercept
+from bitstep.denoiser.calls import run
 from bitstep.denoiser.layers import channel_axis, input_of
 from bitstep.numerics.uniform import RangeMethod, search_range
 from bitstep.progress import Progress, silent
@@ -69,56 +69,72 @@ def observe(
     The denoiser runs on the recorded calls of ``images`` trajectories, ``batch_size`` of them at a time.
     """
     steps, device = len(pool.timesteps), next(denoiser.parameters()).device
-    observed: dict[str, list[Observed]] = {}
-    parts: dict[str, list[Observed]] = {}  # of one timestep
-    runs: Counter[str] = Counter()  # in one forward pass
-    row = 0
-    call: Call
-    apart: set[str] = set()  # modules that compute attention sample by sample
+    observer = _Observer(steps)
+    with ExitStack() as stack:
+        for name in names:
+            hook = partial(observer.layer, name)
+            stack.enter_context(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        for name in attention:
+            instead = partial(attend, partial(observer.operand, name))
+            stack.callback(intercept(denoiser.get_submodule(name), instead).remove)
+        for row in range(steps):
+            for indices in pool.split(pool.indices_at(row, images), batch_size):
+                call, _ = pool.batch(indices)
+                observer.expect(len(call.timestep))
+                run(denoiser, call.to(device))
+            observer.finish_row()
+            progress(row + 1, steps)
+    return observer.found()
 
-    def keep(name: str, x: Tensor) -> None:
+
+class _Observer:
+    """Keeps what layers and attention are given, forward pass by forward pass and timestep by timestep."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._row = steps, 0
+        self._rows: dict[str, list[Observed]] = {}
+        self._parts: dict[str, list[Observed]] = {}  # of this row, a forward pass each
+        self._runs: Counter[str] = Counter()  # in this forward pass
+        self._samples = 0  # of it
+        self._apart: set[str] = set()  # modules that compute attention sample by sample
+
+    def expect(self, samples: int) -> None:
+        """A forward pass follows."""
+        self._runs.clear()
+        self._samples = samples
+
+    def layer(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._runs[name] += 1
+        if self._runs[name] == 1:
+            self._keep(name, input_of(args, kwargs).float().movedim(channel_axis(layer), 0).flatten(1))
+
+    def operand(self, name: str, operand: str, x: Tensor) -> Tensor:
+        self._runs[name] += operand == OPERANDS[0]
+        if len(x) % self._samples:
+            self._apart.add(name)
+        if self._runs[name] == 1:  # (probabilities may come in pieces)
+            self._keep(f"{name}.{operand}", x.float().reshape(1, -1))
+        return x
+
+    def finish_row(self) -> None:
+        for name, seen in self._parts.items():
+            self._rows.setdefault(name, []).append(_together(seen))
+        self._parts.clear()
+        self._row += 1
+
+    def found(self) -> dict[str, Observed]:
+        left_out = {f"{name}.{operand}" for name in self._apart for operand in OPERANDS}
+        return {name: _stacked(rows) for name, rows in self._rows.items() if name not in left_out}
+
+    def _keep(self, name: str, x: Tensor) -> None:
         """``x``: ``[channels, n]``."""
-        seen = parts.setdefault(name, [])
-        places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=generator(0, name, row + len(seen) * steps))
+        seen = self._parts.setdefault(name, [])
+        random = generator(0, name, self._row + len(seen) * self._steps)
+        places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=random)
         channels = places // x.shape[1]
         values = x[channels.to(x.device), (places % x.shape[1]).to(x.device)]
         low, high = x.aminmax(dim=1)
         seen.append(Observed(values.cpu(), channels, low.cpu(), high.cpu()))
-
-    def keep_input(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runs[name] += 1
-        if runs[name] == 1:
-            keep(name, input_of(args, kwargs).float().movedim(channel_axis(layer), 0).flatten(1))
-
-    def keep_operand(name: str, operand: str, x: Tensor) -> Tensor:
-        runs[name] += operand == OPERANDS[0]
-        if len(x) % len(call.timestep):
-            apart.add(name)
-        if runs[name] == 1:  # (probabilities may come in pieces)
-            keep(f"{name}.{operand}", x.float().reshape(1, -1))
-        return x
-
-    handles: list[RemovableHandle | Interception] = []
-    for name in names:
-        hook = partial(keep_input, name)
-        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-    for name in attention:
-        handles.append(intercept(denoiser.get_submodule(name), partial(attend, partial(keep_operand, name))))
-    try:
-        for row in range(steps):
-            for indices in pool.split(pool.indices_at(row, images), batch_size):
-                runs.clear()
-                call, _ = pool.batch(indices)
-                run(denoiser, call.to(device))
-            for name, seen in parts.items():
-                observed.setdefault(name, []).append(_together(seen))
-            parts.clear()
-            progress(row + 1, steps)
-    finally:
-        for handle in handles:
-            handle.remove()
-    left_out = {f"{name}.{operand}" for name in apart for operand in OPERANDS}
-    return {name: _stacked(rows) for name, rows in observed.items() if name not in left_out}
 
 
 def _together(parts: list[Observed]) -> Observed:

@@ -78,8 +78,8 @@ class Pool:
         return cls(shards, index["train_timesteps"])
 
     def guided(self, rows: Tensor) -> Tensor:
-        """A call's outputs ``[chunks * n, c, ...]`` as the pipeline hands them to its scheduler, ``[n, c', ...]``: guided,
-        where there is guidance, and without a learned variance."""
+        """A call's outputs ``[chunks * n, c, ...]`` as the pipeline hands them to its scheduler, ``[n, c', ...]``:
+        guided, where there is guidance, and without a learned variance."""
         rows = rows[:, : self._handed]
         if self.guidance is None:
             return rows
