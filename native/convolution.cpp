@@ -127,7 +127,7 @@ class Convolution {
     window.across = tap * layer_.dilation_w;
     window.down = border_.row_bytes * Kind::kScaling * layer_.dilation_h;
     window.beside = tap * layer_.stride_w;
-    for (window.part = kChunk; window.steps % window.part; --window.part) {}
+    for (window.part = kChunkSteps; window.steps % window.part; --window.part) {}
     return window;
   }
 
@@ -154,27 +154,27 @@ class Convolution {
   // Bytes of memory that hold some blocks.
   int64_t panel_stride(int64_t blocks) const {
     const int share = 8 / layer_.bits;
-    return (blocks + share - 1) / share * kBlock;
+    return (blocks + share - 1) / share * kBlockBytes;
   }
 
   Feed make_feed(int panel, int columns, const Window& window, int64_t tiles) const {
     const int64_t stride = panel_stride(window.count() * layer_.panel), blocks = window.count() * columns;
-    const int64_t chunks = tiles * window.runs * ((window.steps + kChunk - 1) / kChunk);
+    const int64_t chunks = tiles * window.runs * ((window.steps + kChunkSteps - 1) / kChunkSteps);
     Feed feed;
     feed.columns = columns;
     feed.packed = layer_.weight + panel * stride;
     feed.next = feed.packed + stride;
     feed.end = panel + 2 < panels_ ? feed.next + stride : feed.next;
-    feed.fetched = (stride / chunks / kBlock + 1) * kBlock;
+    feed.fetched = (stride / chunks / kBlockBytes + 1) * kBlockBytes;
     if (layer_.bits == 8) {
       feed.weight = feed.packed;
       feed.blocks = 0;
     } else {
       feed.unpack = layer_.bits == 4 ? unpack<4> : layer_.bits == 2 ? unpack<2> : unpack<1>;
-      feed.zero = layer_.zero + int64_t{panel} * layer_.panel * kBlock;
+      feed.zero = layer_.zero + int64_t{panel} * layer_.panel * kBlockBytes;
       feed.share = 8 / layer_.bits;
       feed.blocks = blocks;
-      feed.out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlock));
+      feed.out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlockBytes));
       feed.weight = feed.out;
     }
     return feed;
@@ -183,7 +183,7 @@ class Convolution {
   // Start to load what finish() will write and read, as the pixels of a tile lie far apart.
   void fetch_outputs(int64_t pixel, int column, int columns, const bitstep_epilogue& epilogue, const float* y) const {
     const int64_t at = pixel * layer_.out_channels + column / layer_.bases * kColumn;
-    for (int64_t i = at; i < at + columns * kColumn / layer_.bases; i += kBlock / sizeof(float)) {
+    for (int64_t i = at; i < at + columns * kColumn / layer_.bases; i += kBlockBytes / sizeof(float)) {
       __builtin_prefetch(y + i, 1);
       if (epilogue.residual) __builtin_prefetch(epilogue.residual + i);
     }

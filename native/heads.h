@@ -14,10 +14,10 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int kWide = 2 * kLanes;  // queries side by side
-constexpr int kRows = 8;           // keys, or channels of values, multiplied side by side
-constexpr int64_t kBlock = 128;    // keys whose weighted values one sum holds
-constexpr int64_t kAhead = 12;     // tokens between a load and its use
+constexpr int kWide = 2 * kLanes;    // queries side by side
+constexpr int kRows = 8;             // keys, or channels of values, multiplied side by side
+constexpr int64_t kBlockKeys = 128;  // whose weighted values one sum holds
+constexpr int64_t kAhead = 12;       // tokens between a load and its use
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -67,7 +67,7 @@ struct Heads {
         channels(int64_t{shape.heads} * shape.head_channels),
         pairs((shape.head_channels + 1) / 2),
         words(round_up(shape.head_channels, kLanes)),
-        keys(round_up(shape.keys, kBlock)) {}
+        keys(round_up(shape.keys, kBlockKeys)) {}
 
   int64_t count() const { return int64_t{shape.batch} * shape.heads; }
 
@@ -127,8 +127,8 @@ struct Heads {
       I pairs[kLanes];
       for (int i = 0; i < kLanes; ++i) pairs[i] = join(value(key + 2 * i), value(key + 2 * i + 1));
       transpose(pairs);
-      int16_t* out = values + key / kBlock * kBlock * words + c * kBlock + key % kBlock;
-      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(out + i * kBlock), pairs[i]);
+      int16_t* out = values + key / kBlockKeys * kBlockKeys * words + c * kBlockKeys + key % kBlockKeys;
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(out + i * kBlockKeys), pairs[i]);
     }
   }
 };
@@ -176,7 +176,7 @@ class Tile {
   // mixed = correction * mixed + values . weights; weights [pairs][kWide] of two keys, values of their block.
   void mix(const int16_t* values, const int32_t* weights, int64_t pairs, const F (&correction)[2]) {
     for (int64_t c = 0; c < heads_.shape.head_channels; c += kRows) {
-      multiply(values + c * kBlock, kBlock, weights, pairs, [&](int r, int half, I sums) {
+      multiply(values + c * kBlockKeys, kBlockKeys, weights, pairs, [&](int r, int half, I sums) {
         float* mixed = mixed_ + (c + r) * kWide + half * kLanes;
         store(mixed, load(mixed) * correction[half] + to_float(sums));
       });
