@@ -144,7 +144,7 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
           }
           F correction[2];
           softmax.take(logits, count, most, probabilities, correction);
-          tile.mix(values + begin * heads.words, probabilities, (count + 1) / 2, correction);
+          tile.mix(values + begin * heads.words, probabilities, divide_up(count, 2), correction);
         }
         const F inverse[2] = {1.0f / softmax.total(0), 1.0f / softmax.total(1)};
         const float* value_step = value_steps + head * heads.words;

@@ -79,7 +79,7 @@ void attend_coded(const bitstep_attention_shape& shape, const bitstep_step* step
               store(weights + key / 2 * kWide + half * kLanes, join(even, odd));
             }
           }
-          tile.mix(values + begin * heads.words, weights, (count + 1) / 2, one);
+          tile.mix(values + begin * heads.words, weights, divide_up(count, 2), one);
         }
         const F gain = splat(probability.scale() * coder(kValue, head).scale());
         tile.write([&](int, int64_t) { return gain; }, y + at);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "clone.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -30,7 +31,7 @@ struct Rounding {
 // part(row, first, count, index) for every chunk of every row.
 template <class Part>
 void for_chunks(const bitstep_rows& rows, int threads, const Part& part) {
-  const int64_t chunks = (rows.length + kChunkValues - 1) / kChunkValues;
+  const int64_t chunks = divide_up(rows.length, kChunkValues);
   parallel_for(rows.count * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / chunks, first = index % chunks * kChunkValues;
@@ -61,7 +62,7 @@ void fake_quantize(const bitstep_rows& rows, const float* x, float* y, int threa
 
 void fake_quantize_backward(const bitstep_rows& rows, const float* x, const float* grad, float* grad_x,
                             float* grad_scale, float* grad_zero_point, int threads) {
-  const int64_t chunks = (rows.length + kChunkValues - 1) / kChunkValues;
+  const int64_t chunks = divide_up(rows.length, kChunkValues);
   auto* sums = static_cast<float*>(scratch(Slot::kRows, 2 * rows.count * chunks * sizeof(float)));
   for_chunks(rows, threads, [&](int64_t row, int64_t first, int64_t count, int64_t index) {
     const Rounding rounding(rows, row);

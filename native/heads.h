@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "bitstep.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -18,8 +19,6 @@ constexpr int kWide = 2 * kLanes;    // queries side by side
 constexpr int kRows = 8;             // keys, or channels of values, multiplied side by side
 constexpr int64_t kBlockKeys = 128;  // whose weighted values one sum holds
 constexpr int64_t kAhead = 12;       // tokens between a load and its use
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 inline int lanes_left(int64_t count, int64_t at) { return static_cast<int>(std::min<int64_t>(kLanes, count - at)); }
 
@@ -65,7 +64,7 @@ struct Heads {
   explicit Heads(const bitstep_attention_shape& shape)
       : shape(shape),
         channels(int64_t{shape.heads} * shape.head_channels),
-        pairs((shape.head_channels + 1) / 2),
+        pairs(divide_up(shape.head_channels, 2)),
         words(round_up(shape.head_channels, kLanes)),
         keys(round_up(shape.keys, kBlockKeys)) {}
 
@@ -88,7 +87,7 @@ struct Heads {
   // attend(head, first query, number of queries, keys, values) for every tile of its queries.
   template <class PackKeys, class PackValues, class Attend>
   void run(const PackKeys& pack_keys, const PackValues& pack_values, const Attend& attend, int threads) const {
-    const int64_t size = keys * words, tiles = (shape.queries + kWide - 1) / kWide;
+    const int64_t size = keys * words, tiles = divide_up(shape.queries, kWide);
     auto* key_words = static_cast<int16_t*>(scratch(Slot::kKeys, count() * size * sizeof(int16_t)));
     auto* value_words = static_cast<int16_t*>(scratch(Slot::kValues, count() * size * sizeof(int16_t)));
     parallel_for(2 * count(), threads, [&](int64_t begin, int64_t end) {

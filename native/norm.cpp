@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "clone.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -43,7 +44,7 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
                 int threads) {
   const int64_t channels = map.channels, own = channels - map.rest_channels, groups = prologue.groups;
   const int64_t pixels = int64_t{map.height / map.repeat} * (map.width / map.repeat);
-  const int64_t chunks = (pixels + kChunkPixels - 1) / kChunkPixels, width = channels / groups;
+  const int64_t chunks = divide_up(pixels, kChunkPixels), width = channels / groups;
   auto* parts = static_cast<float*>(scratch(Slot::kRows, map.batch * chunks * 2 * channels * sizeof(float)));
   parallel_for(map.batch * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
