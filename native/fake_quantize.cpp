@@ -63,7 +63,7 @@ void fake_quantize(const bitstep_rows& rows, const float* x, float* y, int threa
 void fake_quantize_backward(const bitstep_rows& rows, const float* x, const float* grad, float* grad_x,
                             float* grad_scale, float* grad_zero_point, int threads) {
   const int64_t chunks = divide_up(rows.length, kChunkValues);
-  auto* sums = static_cast<float*>(scratch(Slot::kRows, 2 * rows.count * chunks * sizeof(float)));
+  auto* sums = static_cast<float*>(scratch(Slot::kGradients, 2 * rows.count * chunks * sizeof(float)));
   for_chunks(rows, threads, [&](int64_t row, int64_t first, int64_t count, int64_t index) {
     const Rounding rounding(rows, row);
     F of_scale{}, lost{};

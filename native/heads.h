@@ -138,7 +138,7 @@ class Tile {
   Tile(const Heads& heads, int queries)
       : heads_(heads),
         count_(queries),
-        rows_(static_cast<float*>(scratch(Slot::kRows, heads.words * kLanes * sizeof(float)))),
+        rows_(static_cast<float*>(scratch(Slot::kQueryRows, heads.words * kLanes * sizeof(float)))),
         queries_(static_cast<int32_t*>(scratch(Slot::kQueries, heads.pairs * kWide * sizeof(int32_t)))),
         mixed_(static_cast<float*>(scratch(Slot::kMixed, heads.words * kWide * sizeof(float)))) {
     std::fill(mixed_, mixed_ + heads.words * kWide, 0.0f);

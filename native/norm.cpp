@@ -45,7 +45,7 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
   const int64_t channels = map.channels, own = channels - map.rest_channels, groups = prologue.groups;
   const int64_t pixels = int64_t{map.height / map.repeat} * (map.width / map.repeat);
   const int64_t chunks = divide_up(pixels, kChunkPixels), width = channels / groups;
-  auto* parts = static_cast<float*>(scratch(Slot::kRows, map.batch * chunks * 2 * channels * sizeof(float)));
+  auto* parts = static_cast<float*>(scratch(Slot::kMoments, map.batch * chunks * 2 * channels * sizeof(float)));
   parallel_for(map.batch * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t sample = part / chunks, first = part % chunks * kChunkPixels;
