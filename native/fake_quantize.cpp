@@ -40,14 +40,6 @@ void for_chunks(const bitstep_rows& rows, int threads, const Part& part) {
   });
 }
 
-// at(i, lanes) for every vector of [0, count).
-template <class At>
-inline void for_vectors(int64_t count, const At& at) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) at(i, kLanes);
-  if (i < count) at(i, static_cast<int>(count - i));
-}
-
 }  // namespace
 
 void fake_quantize(const bitstep_rows& rows, const float* x, float* y, int threads) {
