@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import build
+from pipelines import source
 from torch import Tensor, nn
 
 from bitstep.methods.base import Context, LearningRates, Objective, Phase, Unit
@@ -29,21 +29,21 @@ GIB = 2**30
 
 
 @functools.cache
-def source_of(name: str) -> Source:
-    source = Source(name, build(name))
-    source.denoiser.requires_grad_(False)
-    return source
+def frozen(name: str) -> Source:
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    return given
 
 
 def context_of(name: str, folder: Path) -> Context:
-    source = source_of(name)
-    pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
+    given = frozen(name)
+    pool = next(stream(given, images=4, batch_size=4, steps=3, seed=0))
     torch.manual_seed(0)
-    context = prepare(source.denoiser, pool, EFFICIENTDM, weight_bits=4, activation_bits=4).context(
-        source.denoiser, pool, folder, seed=0
+    context = prepare(given.denoiser, pool, EFFICIENTDM, weight_bits=4, activation_bits=4).context(
+        given.denoiser, pool, folder, seed=0
     )
     pictures = torch.rand(6, 8, 8, 3) * 255
-    return replace(context, images=TrainingImages.of_pipeline(pictures.byte(), source.pipeline))
+    return replace(context, images=TrainingImages.of_pipeline(pictures.byte(), given.pipeline))
 
 
 def phase_of(objective: Objective, memory: float = 8.0) -> Phase:
