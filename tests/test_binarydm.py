@@ -24,6 +24,7 @@ from bitstep.methods.binarydm import (
     EvolvableBasis,
     Mimicking,
     WarmUp,
+    block_features,
     feature_grams,
     outward,
 )
@@ -231,6 +232,31 @@ def test_of_blocks_that_return_text_and_sample_the_sample_is_mimicked() -> None:
     _, sample = found[0]
     rows = sample.flatten(0, 1).double()
     torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_the_features_of_a_block_are_the_samples_with_channels_last() -> None:
+    class Joint(nn.Module):
+        """As CogVideoX's: the sample comes first."""
+
+        def forward(self, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * hidden_states, text
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.joint, self.curve, self.map = Joint(), nn.Conv1d(3, 5, 1), nn.Conv2d(3, 5, 1)
+
+        def forward(self, tokens: Tensor, text: Tensor, curve: Tensor, image: Tensor) -> None:
+            self.joint(hidden_states=tokens, text=text)
+            self.joint(tokens, text)
+            self.curve(curve)
+            self.map(image)
+
+    denoiser, tokens = Denoiser(), torch.randn(2, 9, 4)
+    with block_features(denoiser, ["joint", "curve", "map"]) as found:
+        denoiser(tokens, torch.randn(2, 6, 4), torch.randn(2, 3, 8), torch.randn(2, 3, 8, 7))
+    assert torch.equal(found["joint"], 2 * tokens)
+    assert (found["curve"].shape, found["map"].shape) == ((2, 8, 5), (2, 8, 7, 5))
 
 
 def test_mimicking_adds_the_distance_of_projected_features() -> None:

@@ -46,7 +46,7 @@ def units_of(context: Context, start: int = 0) -> list[Unit]:
     return list(BlockwiseDistillation(samples=5).units(context, PHASE, start))
 
 
-@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "pixart", "sd3", "flux", "z_image"])
 def test_a_student_that_rounds_nothing_has_nothing_to_learn(name: str, tmp_path: Path) -> None:
     """Its blocks, called with what was recorded in batches that mix timesteps, return what the teacher's return."""
     context = context_of(*recorded(name), tmp_path)
@@ -58,6 +58,13 @@ def test_a_student_that_rounds_nothing_has_nothing_to_learn(name: str, tmp_path:
     losses = [float(unit.loss(0).detach()) for unit in units]
     assert max(losses) < 1e-9
     assert len(losses) > 2
+
+
+def test_a_single_recorded_call_is_enough(tmp_path: Path) -> None:
+    teacher = source("ddim")
+    pool = next(stream(teacher, images=1, batch_size=1, steps=1, seed=0))
+    unit, *_ = units_of(context_of(teacher.denoiser, pool, tmp_path))
+    assert float(unit.loss(0).detach()) > 0
 
 
 def test_every_trained_layer_and_attention_has_one_block(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pipelines import source
@@ -17,7 +19,7 @@ from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
 from bitstep.stages.prepare import prepare
-from bitstep.stages.rewrite import scale_of
+from bitstep.stages.rewrite import scales_of
 
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv1d | nn.Conv2d, tuple[int, ...]]] = {
     "linear": (nn.Linear(24, 10), (3, 5, 24)),
@@ -59,6 +61,11 @@ def test_dilation_keeps_the_output_and_every_step_size_and_never_widens_the_inpu
     dilated = FakeQuantized(layer, quantizer, None, 1 / scale)
     quantizer.enabled = False
     torch.testing.assert_close(dilated(x), layer(x))
+
+
+def scale_of(*settings: Any) -> torch.Tensor:
+    """Of all rewrites together."""
+    return torch.stack(list(scales_of(*settings))).prod(0)
 
 
 def test_the_paper_rule_by_brute_force() -> None:
@@ -122,7 +129,7 @@ def test_norms_that_only_rewritten_layers_read_take_the_reciprocals(name: str) -
     pool = next(stream(given, images=2, batch_size=2, steps=3, seed=0))
     method = DILATEQUANT.model_copy(update={"rewrites": (Smoothing(), Dilation())})
     student = prepare(given.denoiser, pool, method, weight_bits=4, activation_bits=4)
-    readers = [reader for names in student.folded.values() for reader in names]
+    readers = [reader for names in student.rewritten.folded.values() for reader in names]
     assert all(student.layers[reader].channel_reciprocal is None for reader in readers)
     projections = {"to_q", "to_k", "to_v"}
     expected = {"ddim": projections, "stable_diffusion": projections | {"proj", "proj_in"}, "dit": set[str]()}

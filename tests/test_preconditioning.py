@@ -24,7 +24,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.recipe import resolve
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source, load
-from bitstep.stages.precondition import check, finished, precondition
+from bitstep.stages.precondition import check_preconditionable, finished, precondition
 from bitstep.stages.prepare import prepare
 
 
@@ -143,11 +143,11 @@ def test_a_denoiser_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch)
     pipeline = build("ddim")
     source = Source("ddim", pipeline)
     pool = next(stream(source, images=1, batch_size=1, steps=1, seed=0))
-    check(source.denoiser, pool)
+    check_preconditionable(source.denoiser, pool)
     call, target = pool.batch([0])
     monkeypatch.setattr(pool, "batch", lambda _: (call, target[..., :-1]))
     with pytest.raises(UsageError, match="cannot be preconditioned"):
-        check(source.denoiser, pool)
+        check_preconditionable(source.denoiser, pool)
 
 
 def test_it_pays_on_the_bundled_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from diffusers import EDMEulerScheduler
 from pipelines import source
 
-from bitstep.checkpoint import pack_model
+from bitstep.denoiser.attention import attend, intercept
 from bitstep.denoiser.calls import run
 from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
-from bitstep.stages.pack import packed_attention, packed_layers
+from bitstep.stages.pack import pack
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.ranges import VALUES_PER_STEP, observe
 from bitstep.trajectories.pool import Pool
@@ -39,15 +40,7 @@ def packed_error(student: Student, pool: Pool) -> float:
     call, _ = pool.batch(torch.arange(len(pool)))
     with torch.no_grad():
         expected = run(student.denoiser, call)
-        packed = pack_model(
-            student.denoiser,
-            packed_layers(student.layers, student.plan),
-            grid=student.cursor.grid,
-            modules_to_not_convert=student.plan.left_alone,
-            total_macs=student.plan.total_macs,
-            recipe={},
-            attention=packed_attention(student.attention, student.plan),
-        )
+        packed = pack(student, {})
         set_backend(packed, "reference")
         return float((run(packed, call) - expected).norm() / expected.norm())
 
@@ -65,6 +58,35 @@ def packed_error(student: Student, pool: Pool) -> float:
 def test_packed_equals_the_student_under_rules(recipe: str, bits: str, rule: str) -> None:
     student, pool = prepared(frozen("ddim"), recipe, bits, f"layers.rules=[{rule}]")
     assert packed_error(student, pool) == 0
+
+
+def test_weights_alone_are_dilated_too() -> None:
+    student, pool = prepared(source("ddim"), "dilatequant", "W4A32")
+    assert len(student.rewritten.scales) > 20
+    assert packed_error(student, pool) == 0
+
+
+@pytest.mark.parametrize("recipe", ["binarydm", "dilatequant"])
+def test_probabilities_reach_from_nothing_to_the_largest(recipe: str) -> None:
+    teacher = source("ddim")
+    student, pool = prepared(teacher, recipe, "W1.3A8" if recipe == "binarydm" else "W4A4")
+    name, *_ = student.attention
+    seen: list[torch.Tensor] = []
+
+    def keep(operand: str, x: torch.Tensor) -> torch.Tensor:
+        if operand == "probability":
+            seen.append(x.amax())
+        return x
+
+    interception = intercept(teacher.denoiser.get_submodule(name), partial(attend, keep))
+    with torch.no_grad():
+        for step in range(len(pool.timesteps)):
+            run(teacher.denoiser, pool.batch(pool.indices_at(step))[0])
+    interception.remove()
+    largest = torch.stack(seen)
+    scale, zero_point = student.attention[name].tables()["probability"]
+    torch.testing.assert_close(255 * scale, largest if len(scale) > 1 else largest.amax()[None])
+    assert not zero_point.any()
 
 
 def test_attention_in_floating_point_stays_so_whatever_rules_say_of_layers() -> None:

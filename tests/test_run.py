@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import bitstep
 from bitstep import run
+from bitstep.cli import Bars
 from bitstep.denoiser.calls import run as call_denoiser
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods import METHODS
@@ -70,13 +71,13 @@ def test_the_plan_says_what_was_packed(teacher: str, tmp_path: Path) -> None:
 def test_packed_equals_fake_for_every_method(name: str, teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The reference kernel computes bit for bit what the trained student computes."""
     students: list[Student] = []
-    pack = run._pack
+    publish = run._publish
 
     def watched(source: Source, student: Student, *rest: Any) -> None:
         students.append(student)
-        pack(source, student, *rest)
+        publish(source, student, *rest)
 
-    monkeypatch.setattr(run, "_pack", watched)
+    monkeypatch.setattr(run, "_publish", watched)
     out = run.quantize(teacher, out=tmp_path / "out", **tiny(name))
     packed = load(out)
     set_backend(packed.denoiser, "reference")
@@ -367,7 +368,7 @@ def test_images_that_do_not_fit_are_found_before_anything_runs(
 def test_a_method_without_training_shows_no_training(
     teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = run.quantize(teacher, out=tmp_path / "out", progress=True, **tiny("minmax"))
+    out = run.quantize(teacher, out=tmp_path / "out", progress=Bars(), **tiny("minmax"))
     assert "fine-tune" not in capsys.readouterr().err
     assert not (out / "run" / LOSS).exists()
 
@@ -393,7 +394,7 @@ def test_a_full_disk_is_one_clear_line(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_pack", full)
+        patched.setattr(run, "_publish", full)
         with pytest.raises(BitstepError, match=f"cannot write .*{place}.*: No space left on device; --resume"):
             run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
     assert not (tmp_path / "out").exists()

@@ -101,6 +101,15 @@ def test_every_layer_is_in_one_block(name: str) -> None:
     assert sorted(members) == sorted(layer.name for layer in structure.layers)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_attention_is_in_one_block(name: str) -> None:
+    denoiser, structure = traced(name)
+    found = [block.name for block in blocks(denoiser, structure) if len(block.layers) > 1]
+    assert structure.attention
+    for site in structure.attention:
+        assert sum(f"{site.name}.".startswith(f"{block}.") for block in found) == 1
+
+
 def test_blocks_are_residual_attention_and_transformer_blocks() -> None:
     unet = {block.name: len(block.layers) for block in blocks(*traced("stable_diffusion"))}
     assert unet["down_blocks.1.resnets.0"] == 4  # two convolutions, the time projection, the skip

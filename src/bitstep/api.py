@@ -13,7 +13,7 @@ from torch import Tensor
 from bitstep.arguments import at_least, several
 from bitstep.errors import UsageError
 from bitstep.files import check_path, write_atomically
-from bitstep.progress import Progress, silent
+from bitstep.progress import SILENT, Progress, Reporter, silent
 from bitstep.run import quantize as quantize
 from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.stages.benchmark import benchmark as benchmark
@@ -140,7 +140,7 @@ def report(
     return path
 
 
-def demo(out: str | Path, *, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
+def demo(out: str | Path, *, overwrite: bool = False, progress: Reporter = SILENT) -> dict[str, Any]:
     """Quantize ``demo:fruits32`` to W4A4 by rounding and with ``best``, and compare both on the same noise.
 
     Returns ``rows`` (recipe, PSNR, SSIM, compression, minutes) and the path of the ``picture``.

@@ -12,19 +12,20 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bitstep import __version__
 from bitstep.errors import BitstepError, UsageError
 from bitstep.files import check_path, write_atomically
+from bitstep.progress import Noted
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -110,7 +111,7 @@ def quantize(
         device=device,
         resume=resume,
         overwrite=overwrite,
-        progress=True,
+        progress=Bars(),
     )
     print(f"packed pipeline: {folder}")
 
@@ -131,7 +132,7 @@ def sample(
     """Sample images from a pipeline, packed or not."""
     from bitstep import api
 
-    with _progress("sampling") as progress:
+    with Bars(transient=True).stage("sampling") as progress:
         api.sample(
             source,
             num=num,
@@ -194,7 +195,7 @@ def evaluate(
     """Compare a pipeline with another one on the same noise, or with real images."""
     from bitstep import api
 
-    with _progress("evaluating") as progress:
+    with Bars(transient=True).stage("evaluating") as progress:
         numbers = api.evaluate(
             source,
             against=against,
@@ -240,7 +241,7 @@ def benchmark(
     baselines = [*(against or ()), *(more or ())]
     if more and not against:
         raise UsageError(f"unexpected argument {more[0]!r}: what to compare with is given with --against")
-    with _progress("timing") as progress:
+    with Bars(transient=True).stage("timing") as progress:
         numbers = api.benchmark(
             directory,
             against=baselines or ("fp32", "bf16"),
@@ -274,7 +275,7 @@ def report(
     """Show packed pipelines side by side on one page: size, kernels, step sizes over time, pictures, errors."""
     from bitstep import api
 
-    with _progress("sampling") as progress:
+    with Bars(transient=True).stage("sampling") as progress:
         path = api.report(
             directories,
             out=out,
@@ -299,7 +300,7 @@ def demo(
     """Quantize the small model that comes with the package to W4A4, and show what that did to its pictures."""
     from bitstep import api
 
-    result = api.demo(out, overwrite=overwrite, progress=True)
+    result = api.demo(out, overwrite=overwrite, progress=Bars())
     _print_rows(result["rows"])
     print(f"picture: {result['picture']}")
 
@@ -321,13 +322,41 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code or 0)
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is gone when the work is done, and what to call with (done, total)."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(what)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+class Bars:
+    """A :class:`bitstep.progress.Reporter` on stderr. Where it is no terminal a bar is one line, when it is done.
+
+    transient: bars are gone when they are done, and where there is no terminal nothing is shown
+    """
+
+    def __init__(self, *, transient: bool = False) -> None:
+        self._console, self._transient = Console(stderr=True), transient
+
+    def line(self, text: str) -> None:
+        self._console.print(text)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Noted]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        hidden = self._transient and not self._console.is_terminal
+        with Progress(*columns, console=self._console, transient=self._transient, disable=hidden) as bars:
+            bar = bars.add_task(title, total=None, note="")
+
+            def update(done: int, total: int, note: str = "") -> None:
+                bars.update(bar, completed=done, total=total, note=note)
+
+            try:
+                yield update
+            except BaseException:  # what is left to say is one line
+                bars.live.transient = True
+                self._console.quiet |= not self._console.is_terminal
+                raise
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from bitstep.arguments import several
-from bitstep.checkpoint import pack_model
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
+from bitstep.progress import SILENT, Reporter
 from bitstep.recipe import Recipe, resolve
 from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
@@ -26,8 +23,8 @@ from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
 from bitstep.stages.generate import FEW_STEPS, Sampling, read_prompts
 from bitstep.stages.load import Source, as_stored, load, without_progress_bars
-from bitstep.stages.pack import packed_attention, packed_layers
-from bitstep.stages.precondition import check, precondition
+from bitstep.stages.pack import pack
+from bitstep.stages.precondition import check_preconditionable, precondition
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
@@ -53,12 +50,13 @@ def quantize(
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: Reporter = SILENT,
 ) -> Path:
     """Quantize ``source`` and write the packed pipeline to the folder ``out``; returns ``out``.
 
-    A run that was killed goes on with ``resume`` and ends in the same bytes. Raises UsageError for input that cannot
-    work and BitstepError for what fails on the way; ``out`` then does not exist.
+    A run that was killed goes on with ``resume`` and ends in the same bytes. ``progress`` is told of every stage; the
+    command line's :class:`bitstep.cli.Bars` is one. Raises UsageError for input that cannot work and BitstepError for
+    what fails on the way; ``out`` then does not exist.
     """
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, several(overrides))
@@ -81,7 +79,6 @@ def quantize(
     work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
         return out
-    report = _Report(progress)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded = load(source, device=device)
@@ -91,10 +88,11 @@ def quantize(
         loaded.denoiser.requires_grad_(False).eval()
         for name, component in loaded.pipeline.components.items():
             if name != loaded.component and type(component) is type(loaded.denoiser):
-                report.line(f"{name} is another {type(component).__name__}: it is left in full precision")
+                progress.line(f"{name} is another {type(component).__name__}: it is left in full precision")
         images = None if data is None else _read_images(Path(data), loaded, texts)
-        student = _fit(loaded, resolved, work, seed, texts, images, report)
-        _pack(loaded, student, resolved, work, report)
+        _say_what_is_learned_from(resolved, images, progress)
+        student = _fit(loaded, resolved, work, seed, texts, images, progress)
+        _publish(loaded, student, resolved, work, progress)
     except torch.OutOfMemoryError as error:
         raise BitstepError(
             f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
@@ -107,6 +105,14 @@ def quantize(
     return out
 
 
+def _say_what_is_learned_from(recipe: Recipe, images: TrainingImages | None, progress: Reporter) -> None:
+    objectives = [phase.objective for phase in recipe.method.training if phase.objective.wants_images]
+    if objectives and images is None:
+        progress.line("without images (--data) it learns from the full-precision model's own trajectories")
+    elif any(objective.emphasis for objective in objectives):
+        progress.line("on images all timesteps count alike: an emphasis is for distillation")
+
+
 def _fit(
     source: Source,
     recipe: Recipe,
@@ -114,7 +120,7 @@ def _fit(
     seed: int,
     prompts: list[str] | None,
     images: TrainingImages | None,
-    report: _Report,
+    progress: Reporter,
 ) -> Student:
     """Record, calibrate, train, precondition."""
     method, calibration = recipe.method, recipe.method.calibration
@@ -126,38 +132,66 @@ def _fit(
         "eta": calibration.eta,
         "size": calibration.size,
     }
-    with report.bar("record trajectories") as update:
-        amount: dict[str, Any] = {"images": calibration.images, "batch_size": calibration.batch_size}
-        pool = record(source, work.pool, bf16=calibration.bf16, progress=update, **amount, **sampling)
+    with progress.stage("record trajectories") as update:
+        pool = record(
+            source,
+            work.pool,
+            images=calibration.images,
+            batch_size=calibration.batch_size,
+            bf16=calibration.bf16,
+            progress=update,
+            **sampling,
+        )
     if method.output.preconditioned:
-        check(source.denoiser, pool)
+        check_preconditionable(source.denoiser, pool)
 
-    found = importance = None
+    carried = importance = None
     distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
-        with report.bar("measure how far errors carry") as update:
-            amount = {"batch_size": calibration.batch_size, "progress": update}
-            found = work.once("sensitivity", lambda: sensitivity(source, pool.timesteps, **amount, **sampling))
-        importance = found**emphasis
-    with report.bar("calibrate activation ranges") as update:
-        widths: dict[str, Any] = {"weight_bits": recipe.weight_bits, "activation_bits": recipe.activation_bits}
-        student = prepare(source.denoiser, pool, method, seed=seed, importance=importance, progress=update, **widths)
-
+        with progress.stage("measure how far errors carry") as update:
+            measure = partial(
+                sensitivity,
+                source,
+                pool.timesteps,
+                batch_size=calibration.batch_size,
+                progress=update,
+                **sampling,
+            )
+            carried = work.once("sensitivity", measure)
+        importance = carried**emphasis
+    with progress.stage("calibrate activation ranges") as update:
+        student = prepare(
+            source.denoiser,
+            pool,
+            method,
+            weight_bits=recipe.weight_bits,
+            activation_bits=recipe.activation_bits,
+            seed=seed,
+            importance=importance,
+            progress=update,
+        )
     if method.training:
-        context = student.context(source.denoiser, pool, work.path, seed, images=images, sensitivity=found)
-        _train(context, method.training, work, report)
+        context = student.context(source.denoiser, pool, work.path, seed, images=images, sensitivity=carried)
+        _train(context, method.training, work, progress)
     if method.output.preconditioned:
-        with report.bar("precondition the output") as update:
-            amount = {"images": calibration.range_images, "batch_size": calibration.batch_size}
-            averaged = method.output.averaged
-            precondition(source, student, pool, averaged=averaged, progress=update, **amount, **sampling)
+        with progress.stage("precondition the output") as update:
+            precondition(
+                source,
+                student,
+                pool,
+                images=calibration.range_images,
+                batch_size=calibration.batch_size,
+                averaged=method.output.averaged,
+                progress=update,
+                **sampling,
+            )
     return student
 
 
-def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _Report) -> None:
+def _train(context: Context, phases: Sequence[Phase], work: RunFolder, progress: Reporter) -> None:
     state, losses = work.restore(context)
     saved = time.monotonic()
-    with report.bar("fine-tune") as update:
+    with progress.stage("fine-tune") as update:
         for step in finetune(context, phases, state):
             losses.append((step.phase, step.unit, step.iteration, step.loss))
             update(step.iteration, step.iterations, f"{step.name} loss {step.loss:.5f}")
@@ -167,18 +201,10 @@ def _train(context: Context, phases: Sequence[Phase], work: RunFolder, report: _
     work.save(context, state, losses)
 
 
-def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, report: _Report) -> None:
-    """Publish the packed pipeline, and what became of every layer."""
-    layers = packed_layers(student.layers, student.plan)
-    packed = pack_model(
-        student.denoiser,
-        layers,
-        grid=student.cursor.grid,
-        modules_to_not_convert=student.plan.left_alone,
-        total_macs=student.plan.total_macs,
-        recipe=recipe.model_dump(mode="json"),
-        attention=packed_attention(student.attention, student.plan),
-    )
+def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, progress: Reporter) -> None:
+    """The packed pipeline takes its place, with what became of every layer."""
+    packed = pack(student, recipe.model_dump(mode="json"))
+    layers = dispatch.packed_layers(packed)
     assert source.folder is not None
     for name, component in source.pipeline.components.items():
         if isinstance(component, torch.nn.Module) and name != source.component:
@@ -187,51 +213,26 @@ def _pack(source: Source, student: Student, recipe: Recipe, work: RunFolder, rep
     plan = {
         "coverage": student.plan.coverage,
         # (training may have taken bases away)
-        "layers": [asdict(layer) | {"bases": len(layers[layer.name].weight.scale)} for layer in student.plan.layers],
+        "layers": [asdict(layer) | {"bases": layers[layer.name].format.bases} for layer in student.plan.layers],
         "attention": [asdict(site) for site in student.plan.attention],
         "left_alone": dict(student.plan.left_alone),
-        "rewritten": {name: asdict(statistics) for name, statistics in student.rewritten.items()},
-        "folded": student.folded,
+        "rewritten": {
+            kind: {name: asdict(statistics) for name, statistics in layers.items()}
+            for kind, layers in student.rewritten.statistics.items()
+        },
+        "folded": student.rewritten.folded,
     }
     with without_progress_bars():
         work.publish(source.pipeline.save_pretrained, plan)
-    report.line(f"{student.plan.coverage:.1%} of the multiply-accumulates quantized, {len(student.plan.layers)} layers")
-    if student.rewritten:
-        folded = sum(len(readers) for readers in student.folded.values())
-        report.line(f"{summary(student.rewritten.values())}; in {folded} of them by the norm before")
-
-
-class _Report:
-    """Progress bars on stderr, or silence."""
-
-    def __init__(self, shown: bool) -> None:
-        self._console = Console(stderr=True, quiet=not shown)
-
-    def line(self, text: str) -> None:
-        self._console.print(text)
-
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Any]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(title, total=None, note="")
-
-            def update(done: int, total: int, note: str = "") -> None:
-                progress.update(task, completed=done, total=total, note=note)
-
-            try:
-                yield update
-            except BaseException:  # what is left to say is one line
-                progress.live.transient = True
-                self._console.quiet |= not self._console.is_terminal
-                raise
+    progress.line(
+        f"{len(layers)} layers quantized, {student.plan.average_weight_bits:.4g} bits a weight; both factors of "
+        f"{student.plan.coverage:.1%} of the multiply-accumulates"
+    )
+    for kind, found in student.rewritten.statistics.items():
+        progress.line(f"{kind}: {summary(found.values())}")
+    if scales := student.rewritten.scales:
+        folded = sum(map(len, student.rewritten.folded.values()))
+        progress.line(f"1 / s: in the gains of a norm for {folded} layers, a vector for {len(scales) - folded}")
 
 
 def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:

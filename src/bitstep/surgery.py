@@ -92,9 +92,9 @@ class Plan:
 
     @property
     def coverage(self) -> float:
-        """Share of the denoiser's multiply-accumulates that run quantized, 0..1."""
-        macs = sum(layer.macs for layer in self.layers) + sum(site.macs for site in self.attention)
-        return macs / self.total_macs
+        """Share of the denoiser's multiply-accumulates of which both factors are quantized, 0..1."""
+        layers = sum(layer.macs for layer in self.layers if layer.activation_bits is not None)
+        return (layers + sum(site.macs for site in self.attention)) / self.total_macs
 
     @property
     def average_weight_bits(self) -> float:

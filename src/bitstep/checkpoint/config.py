@@ -74,7 +74,7 @@ class AttentionEntry(_Strict):
 
 
 class Macs(_Strict):
-    """Multiply-accumulates of one forward pass at batch 1: all, and those that run quantized."""
+    """Multiply-accumulates of one forward pass at batch 1: all, and those with both factors quantized."""
 
     total: int = Field(gt=0, lt=2**63)
     quantized: int = Field(ge=0, lt=2**63)

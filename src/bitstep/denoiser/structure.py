@@ -147,7 +147,7 @@ def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
         for path, module in denoiser.named_modules()
         if isinstance(module, nn.ModuleList)
         for child, element in module.named_children()
-        if any(isinstance(part, NORMS) for part in element.modules())
+        if any(map(_is_norm, element.modules()))
     }
     candidates = {path: layers for path, layers in elements.items() if len(layers) >= 2}
     innermost = {
@@ -158,6 +158,13 @@ def blocks(denoiser: nn.Module, structure: Structure) -> tuple[Block, ...]:
     owner = {name: path for path, layers in innermost.items() for name in layers}
     ordered = dict.fromkeys(owner.get(name, name) for name in names)
     return tuple(Block(path, tuple(innermost.get(path, [path]))) for path in ordered)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's, or a leaf that has nothing but vectors, as those of diffusers' and others' own."""
+    parameters = list(module.parameters())
+    own = parameters and all(p.ndim == 1 for p in parameters) and next(module.children(), None) is None
+    return bool(own) or isinstance(module, NORMS)
 
 
 @dataclass(frozen=True)

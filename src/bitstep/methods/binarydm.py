@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.calls import run
 from bitstep.denoiser.structure import Structure, blocks
+from bitstep.errors import BitstepError
 from bitstep.methods.base import (
     ALL,
     Activations,
@@ -118,16 +119,21 @@ class Mimicking(Technique):
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         names = [block.name for block in blocks(context.teacher, context.structure) if len(block.layers) > 1]
+        if not names:
+            raise BitstepError(
+                f"{type(context.teacher).__name__} has no blocks whose features could be mimicked: leave mimicking out "
+                "of the recipe's techniques"
+            )
         bases = {
             name: principal_basis(gram, max(1, round(self.rank * len(gram))))
             for name, gram in feature_grams(context, names, phase.batch_size).items()
         }
 
         def loss(iteration: int, part: slice = ALL) -> Tensor:
-            with _features(context.student, names) as student, _arguments(context.student) as calls:
+            with block_features(context.student, names) as student, _arguments(context.student) as calls:
                 value = unit.loss(iteration, part)
             args, kwargs = calls[-1]
-            with torch.no_grad(), _features(context.teacher, names) as teacher:
+            with torch.no_grad(), block_features(context.teacher, names) as teacher:
                 context.teacher(*args, **kwargs)
             terms = [((student[name] - teacher[name]) @ bases[name]).square().mean() for name in names]
             return value + self.weight * torch.stack(terms).mean()
@@ -138,10 +144,11 @@ class Mimicking(Technique):
 class WarmUp(Technique):
     """Progressive warm-up: weights turn binary layer by layer, from the middle of the denoiser outward, then
     activations are quantized in the same order, attention last; all are after ``share`` of the iterations. A layer is
-    trained from the iteration on at which it turns binary."""
+    trained from the iteration on at which it turns binary. (In the paper it takes about half as many iterations as
+    there are modules, next to nothing of 200,000; short runs with their large steps need a larger share.)"""
 
     kind: Literal["warm-up"] = "warm-up"
-    share: Share = 0.5
+    share: Share = 0.1
 
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
         layers = outward(unit.layers, context.structure)
@@ -160,7 +167,7 @@ class WarmUp(Technique):
 
 class EvolvableBasis(Technique):
     """Evolvable basis: the penalty presses the second scales towards zero, ``penalty`` * mean |s_2|; after ``share`` of
-    the iterations the second bases are dropped, and training goes on with one."""
+    the iterations the second bases are dropped, however large they still are, and training goes on with one."""
 
     kind: Literal["evolvable-basis"] = "evolvable-basis"
     penalty: NonNegativeFloat = 9e-2
@@ -206,7 +213,7 @@ def feature_grams(context: Context, names: list[str], batch_size: int) -> dict[s
     indices = torch.cat([context.pool.indices_at(step, FEATURE_IMAGES) for step in steps])
     for chosen in context.pool.split(indices, batch_size):
         call, _ = context.batch(chosen)
-        with _features(context.teacher, names) as features:
+        with block_features(context.teacher, names) as features:
             run(context.teacher, call)
         for name, feature in features.items():
             rows = feature.reshape(-1, feature.shape[-1])
@@ -216,21 +223,28 @@ def feature_grams(context: Context, names: list[str], batch_size: int) -> dict[s
 
 
 @contextmanager
-def _features(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the named blocks, channels last, of what runs under this context manager."""
+def block_features(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named blocks, float32 ``[batch, ..., channels]``, of what runs under this context manager; of
+    blocks that return the text's and the sample's, the sample's."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            # of several tensors (the text's and the sample's), the sample's comes last; the text's may be None
-            feature = output if isinstance(output, Tensor) else next(x for x in output[::-1] if x is not None)
-            found[name] = (feature.movedim(1, -1) if feature.ndim == 4 else feature).float()
+    def keep(name: str, block: nn.Module) -> Callable[..., None]:
+        of_curves = any(isinstance(part, nn.Conv1d) for part in block.modules())
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            feature = output
+            if not isinstance(output, Tensor):  # the text's and the sample's, in either order
+                sample = args[0] if args else kwargs["hidden_states"]
+                feature = next(x for x in output if x is not None and x.shape == sample.shape)
+            maps = feature.ndim > 3 or of_curves  # else tokens, which have their channels last
+            found[name] = (feature.movedim(1, -1) if maps else feature).float()
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(denoiser.get_submodule(name).register_forward_hook(keep(name)).remove)
+            block = denoiser.get_submodule(name)
+            stack.enter_context(block.register_forward_hook(keep(name, block), with_kwargs=True))
         yield found
 
 
@@ -242,11 +256,8 @@ def _arguments(denoiser: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
 
-    handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with denoiser.register_forward_pre_hook(hook, with_kwargs=True):
         yield calls
-    finally:
-        handle.remove()
 
 
 _SHORT = {
@@ -288,7 +299,7 @@ BINARY_BASELINE = Method(
 BINARYDM = BINARY_BASELINE.model_copy(
     update={
         "name": "binarydm",
-        "training": _trained_with(WarmUp(), Mimicking()),
+        "training": _trained_with(WarmUp(share=1e-3), Mimicking()),
         "efforts": {
             effort: {**settings, "training.0.techniques.0.share": 0.1}
             for effort, settings in BINARY_BASELINE.efforts.items()

@@ -2,8 +2,9 @@
 
     Y = (X / s) (s W),   s >= 1 per input channel
 
-Every output channel keeps its largest and smallest weight, hence its step size, while the weights below them use more
-of the grid and the input they meet shrinks. The variance of the rounding error of one output is
+Every output channel keeps its largest and smallest weight, hence the step size that covers both, while the weights
+below them use more of the grid and the input they meet shrinks. (A step that is searched for may move a little, as the
+weights between have.) The variance of the rounding error of one output is
 
     d_x'^2 / 12 * sum_k s_k^2 |W_k|^2  +  sum_k d_w^2 / 12 * E[x_k^2] / s_k^2
 
@@ -28,7 +29,7 @@ CAP = 16.0
 class StretchStatistics:
     """What stretching the weights of one layer, by whatever rule, did to it.
 
-    unsaturated: share of input channels that were stretched
+    unsaturated: share of input channels that could be stretched, and were
     median: of s, over all input channels
     range_shrink: range of the input after, over range before; 1 when nothing is gained
     """
@@ -79,12 +80,12 @@ def statistics(scale: Tensor, channel_range: Tensor) -> StretchStatistics:
 
 
 def summary(layers: Iterable[StretchStatistics]) -> str:
-    """One line about all rewritten layers, each counting once."""
+    """One line about all layers, each counting once."""
     layers = list(layers)
     unsaturated = mean(layer.unsaturated for layer in layers)
     stretch = median(layer.median for layer in layers)
     shrink = median(layer.range_shrink for layer in layers)
     return (
-        f"{len(layers)} layers rewritten: {unsaturated:.0%} of input channels stretched, median s {stretch:.2f}, "
-        f"median input range {shrink:.2f} of what it was"
+        f"{unsaturated:.0%} of the input channels of {len(layers)} layers stretched, median s {stretch:.2f}, median "
+        f"input range {shrink:.2f} of what it was"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from bitstep.denoiser.steps import StepCursor, interpolate, interpolate_scale, per_sample
@@ -13,13 +15,14 @@ class ActivationQuantizer(nn.Module):
 
     scale, zero_point: float32 ``[T]``; T is the length of the cursor's grid, or 1 for a static quantizer.
 
-    Forward: the row of each sample's timestep, then :func:`bitstep.numerics.uniform.fake_quantize`. Scales are learned
-    as logarithms (role ``activation_scale``), zero points are rounded with a straight-through gradient (role
-    ``activation_zero_point``), or fixed for ``signed`` codes (LSQ). A batch may mix timesteps.
+    Forward: the row of each sample's timestep, then :func:`bitstep.numerics.uniform.fake_quantize`. A batch may mix
+    timesteps. Scales are learned as logarithms, zero points are rounded with a straight-through gradient, or fixed for
+    ``signed`` codes (LSQ).
 
     A warm-up sets ``enabled`` to False for a while; values then pass as they are.
     """
 
+    ROLES: ClassVar = {"log_scale": "activation_scale", "zero_point": "activation_zero_point"}
     enabled = True
 
     def __init__(

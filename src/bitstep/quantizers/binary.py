@@ -16,8 +16,8 @@ _LOG_NOTHING = -1e4
 class BinaryWeight(WeightQuantizer):
     """One bit a weight and basis: :func:`bitstep.numerics.binary.binarize`, scales per output channel.
 
-    The scales ``[bases, out]`` are learned as logarithms (role ``weight_scale``): positive, and one learning rate
-    serves layers of every magnitude.
+    The scales ``[bases, out]`` are learned as logarithms: positive, and one learning rate serves layers of every
+    magnitude.
     """
 
     def __init__(self, source: WeightSource, bases: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ class AdaRoundWeight(WeightQuantizer):
     """Symmetric uniform codes, ``q = clip(floor(w / s) + h + N/2, 0, N - 1)`` with a learned h per weight.
 
     h is 0 or 1. While :func:`relaxed`, it is the rectified sigmoid ``clip(1.2 sigmoid(v) - 0.1, 0, 1)`` of the trained
-    ``rounding`` v (role ``rounding``), which starts where ``s (floor(w / s) + h)`` is the weight itself. Weight and
-    scale stay as they are.
+    ``rounding`` v, which starts where ``s (floor(w / s) + h)`` is the weight itself. Weight and scale stay as they are.
     """
+
+    ROLES: ClassVar = {"rounding": "rounding"}
 
     def __init__(self, source: WeightSource, bits: int, *, method: uniform.RangeMethod = "mse") -> None:
         super().__init__()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,13 @@ from bitstep.numerics.packing import QuantizedWeight
 
 
 class WeightSource(nn.Module, ABC):
-    """The floating-point weight behind a quantizer; calling it gives ``[out, in, *kernel]``."""
+    """The floating-point weight behind a quantizer; calling it gives ``[out, in, *kernel]``.
 
+    ROLES: here and in every quantizer, the role of each trained parameter (a field of
+        :class:`bitstep.methods.base.LearningRates`), by name
+    """
+
+    ROLES: ClassVar[Mapping[str, str]]
     weight: Tensor
 
     @abstractmethod
@@ -27,7 +34,9 @@ class WeightSource(nn.Module, ABC):
 
 
 class DenseWeight(WeightSource):
-    """The weight itself, every entry trained (role ``weight``)."""
+    """The weight itself, every entry trained."""
+
+    ROLES: ClassVar = {"weight": "weight"}
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -40,11 +49,13 @@ class DenseWeight(WeightSource):
 class MergedLoRA(WeightSource):
     """A frozen weight plus a trained low-rank delta, merged *before* quantization (EfficientDM, arXiv 2310.03270).
 
-    ``W = W0 + up @ down``; both factors (role ``adapter``) see the quantizer's rounding, and nothing of them is left
+    ``W = W0 + up @ down``; both factors see the quantizer's rounding, and nothing of them is left
     at inference. (peft's ``use_qalora`` is another thing: QA-LoRA, arXiv 2309.14717, pools the adapter's input by
     quantization group so that the delta can be absorbed in the zero points.) There is no alpha/rank factor. ``down``
     starts Kaiming-uniform, drawn on the CPU, and ``up`` zero, so that training starts from W0.
     """
+
+    ROLES: ClassVar = {"down": "adapter", "up": "adapter"}
 
     def __init__(self, weight: Tensor, rank: int, random: torch.Generator) -> None:
         super().__init__()
@@ -65,6 +76,7 @@ class WeightQuantizer(nn.Module, ABC):
     A warm-up sets ``enabled`` to False for a while; the layer then uses the source's weight as it is.
     """
 
+    ROLES: ClassVar[Mapping[str, str]] = {"log_scale": "weight_scale", "zero_point": "weight_zero_point"}
     source: WeightSource
     enabled = True
 
@@ -84,8 +96,8 @@ class WeightQuantizer(nn.Module, ABC):
 class UniformWeight(WeightQuantizer):
     """Uniform b-bit codes with one learned scale per output channel, symmetric or with a learned zero point.
 
-    The scale is learned as its logarithm (role ``weight_scale``), which keeps it positive and lets one learning rate
-    serve layers of every magnitude; zero points (role ``weight_zero_point``) only for asymmetric weights.
+    The scale is learned as its logarithm, which keeps it positive and lets one learning rate serve layers of every
+    magnitude; zero points only for asymmetric weights.
     """
 
     def __init__(

@@ -59,34 +59,43 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
     while state.phase < len(phases):
         phase = phases[state.phase]
         for unit in phase.objective.units(context, phase, state.unit):
-            if state.at_once is None:  # before techniques: a warm-up would begin with layers that keep less
-                state.at_once = samples_at_once(unit, phase)
-            for technique in phase.techniques:
-                unit = technique.applied(unit, context, phase)
-            state.optimizers = optimizers(unit.trained, phase)
-            restore_moments(state)
-            if phase.ema and not state.average:
-                state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.trained).items()}
-            with nullcontext() if state.at_once else recomputed(context, phase):
-                while state.iteration < phase.iterations:
-                    schedule = _decay(phase, state.iteration)
-                    for module in unit.trained.values():
-                        module.zero_grad()  # what no optimizer holds gets gradients too
-                    for optimizer in state.optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = group["peak_lr"] * schedule
-                    value = _backward(unit, phase, state)
-                    for optimizer in state.optimizers:
-                        optimizer.step()
-                    if phase.ema:
-                        _average(state, unit.trained, phase.ema)
-                    state.iteration += 1
-                    yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, value)
-            if phase.ema:
-                load_trained_tensors(unit.trained, state.average)
+            yield from _train(unit, context, phase, state)
             state.unit, state.iteration, state.at_once = state.unit + 1, 0, None
             state.optimizers, state.average = (), {}
         state.phase, state.unit = state.phase + 1, 0
+
+
+def _train(unit: Unit, context: Context, phase: Phase, state: TrainingState) -> Iterator[Step]:
+    if state.at_once is None:  # before techniques: a warm-up would begin with layers that keep less
+        state.at_once = samples_at_once(unit, phase)
+    for technique in phase.techniques:
+        unit = technique.applied(unit, context, phase)
+    state.optimizers = optimizers(unit.trained, phase)
+    restore_moments(state)
+    if phase.ema and not state.average:
+        state.average = {name: p.detach().clone() for name, p in trained_tensors(unit.trained).items()}
+    with nullcontext() if state.at_once else recomputed(context, phase):
+        while state.iteration < phase.iterations:
+            loss = _step(unit, phase, state)
+            state.iteration += 1
+            yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, loss)
+    if phase.ema:
+        load_trained_tensors(unit.trained, state.average)
+
+
+def _step(unit: Unit, phase: Phase, state: TrainingState) -> float:
+    """One iteration; returns its loss."""
+    for module in unit.trained.values():
+        module.zero_grad()  # what no optimizer holds gets gradients too
+    loss = _backward(unit, phase, state)
+    schedule = _decay(phase, state.iteration)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule
+        optimizer.step()
+    if phase.ema:
+        _average(state, unit.trained, phase.ema)
+    return loss
 
 
 def _backward(unit: Unit, phase: Phase, state: TrainingState) -> float:
@@ -134,27 +143,20 @@ def optimizers(modules: Mapping[str, nn.Module], phase: Phase) -> tuple[Optimize
 
 
 def roles(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of a layer or of attention by role (the fields of :class:`LearningRates`)."""
+    """The trainable parameters of a layer or of attention by role (the fields of :class:`LearningRates`), which the
+    quantizers declare."""
     found: dict[str, list[nn.Parameter]] = {role: [] for role in LearningRates.model_fields}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            found[_role(name)].append(parameter)
+    part: Any
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                found[part.ROLES[name]].append(parameter)
     return found
 
 
 def _weight_step(module: nn.Module) -> Tensor:
     assert isinstance(module, FakeQuantized)  # attention has no weights
     return module.weight_quantizer.step_size()
-
-
-def _role(name: str) -> str:
-    if name.startswith(("input_quantizer.", "operands.")):
-        return "activation_scale" if name.endswith("log_scale") else "activation_zero_point"
-    if name == "weight_quantizer.rounding":
-        return "rounding"
-    if name.startswith("weight_quantizer.source."):
-        return "weight" if name.endswith(".weight") else "adapter"
-    return "weight_scale" if name.endswith("log_scale") else "weight_zero_point"
 
 
 def moments(state: TrainingState) -> dict[str, Tensor]:

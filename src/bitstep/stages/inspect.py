@@ -37,7 +37,7 @@ def facts(source: Source) -> dict[str, Any]:
         the two products of quantized attention x the bits of their operands
     ops, ops_saving: bops / 64 + multiply-accumulates that stay in floating point (the counting of the papers on
         binary networks, arXiv 2003.03488), and flops / ops
-    macs_quantized: share of the multiply-accumulates in packed layers
+    macs_quantized: share of the multiply-accumulates whose factors are both quantized
     preconditioned: whether the output is weighed against the noisy sample
     layers: name, kind, weight_bits, activation_bits (None: floating point), kernel, macs
     fused_blocks: names of the residual, attention and transformer blocks that run fused; the others run layer by layer

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
-from bitstep.checkpoint import PackedLayer, PackedOperands
-from bitstep.quantizers.attention import AttentionQuantizer
-from bitstep.quantizers.layers import FakeQuantized
-from bitstep.surgery import Plan
+from bitstep.checkpoint import PackedLayer, PackedOperands, pack_model
+from bitstep.stages.prepare import Student
+
+
+def pack(student: Student, recipe: Mapping[str, Any]) -> ModelMixin:
+    """The packed model of a trained student; ``recipe``, JSON, is noted in its config."""
+    return pack_model(
+        student.denoiser,
+        _layers(student),
+        grid=student.cursor.grid,
+        modules_to_not_convert=student.plan.left_alone,
+        total_macs=student.plan.total_macs,
+        recipe=recipe,
+        attention=_attention(student),
+    )
 
 
 @torch.no_grad()
-def packed_layers(layers: Mapping[str, FakeQuantized], plan: Plan) -> dict[str, PackedLayer]:
-    """What the packed model stores for every quantized layer."""
-    macs = {layer.name: layer.macs for layer in plan.layers}
+def _layers(student: Student) -> dict[str, PackedLayer]:
+    macs = {layer.name: layer.macs for layer in student.plan.layers}
     packed = {}
-    for name, layer in layers.items():
+    for name, layer in student.layers.items():
         quantizer = layer.input_quantizer
         scale, zero_point = (None, None) if quantizer is None else quantizer.tables()
         packed[name] = PackedLayer(
@@ -33,9 +45,8 @@ def packed_layers(layers: Mapping[str, FakeQuantized], plan: Plan) -> dict[str, 
 
 
 @torch.no_grad()
-def packed_attention(attention: Mapping[str, AttentionQuantizer], plan: Plan) -> dict[str, PackedOperands]:
-    """What the packed model stores for every quantized attention."""
+def _attention(student: Student) -> dict[str, PackedOperands]:
     return {
-        site.name: PackedOperands(attention[site.name].tables(), site.bits, site.probability_bits, site.macs)
-        for site in plan.attention
+        site.name: PackedOperands(student.attention[site.name].tables(), site.bits, site.probability_bits, site.macs)
+        for site in student.plan.attention
     }

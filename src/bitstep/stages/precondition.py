@@ -23,7 +23,7 @@ AVERAGED = (2.0, 4.0, 8.0, 16.0, 64.0)
 """What is tried, on so many images, besides leaving the output as it is."""
 
 
-def check(denoiser: nn.Module, pool: Pool) -> None:
+def check_preconditionable(denoiser: nn.Module, pool: Pool) -> None:
     """Raise UsageError where what ``denoiser`` returns cannot be added to its sample."""
     call, target = pool.batch([0])
     output, sample = shared(target, stacked(call.arguments[sample_name(denoiser)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ from bitstep.denoiser.layers import groups_of, weight_of
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.methods.base import Context, Errors, Method, UniformWeights
-from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
+from bitstep.numerics.dilation import stretched
+from bitstep.numerics.uniform import RangeMethod
 from bitstep.progress import Progress, silent
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.stages.ranges import Observed, observe
-from bitstep.stages.rewrite import fold, rewrite
+from bitstep.stages.rewrite import Rewritten, fold, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.surgery import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
 from bitstep.trajectories.pool import Pool
@@ -35,8 +36,7 @@ class Student:
     """A fake-quantized copy of the teacher, ready to train or to pack.
 
     attention: quantizers of attention operands, by the module that computes it
-    rewritten: what the method's rewrites did to every layer that they changed
-    folded: norms whose gains hold 1 / s, and the layers that read them
+    rewritten: what the method's rewrites did
     """
 
     denoiser: nn.Module
@@ -45,8 +45,7 @@ class Student:
     structure: Structure
     cursor: StepCursor
     attention: dict[str, AttentionQuantizer]
-    rewritten: dict[str, StretchStatistics]
-    folded: dict[str, list[str]]
+    rewritten: Rewritten
 
     def context(self, teacher: nn.Module, pool: Pool, folder: Path, seed: int, **more: Any) -> Context:
         """What its training sees; ``more`` are the optional fields of :class:`Context`."""
@@ -84,29 +83,28 @@ def prepare(
     structure = trace(teacher, pool.batch(pool.indices_at(0)[:1])[0].to(device))
     errors = partial(_errors, teacher, pool, method, importance, progress)
     decided = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
-    names = [layer.name for layer in decided.layers if layer.activation_bits is not None]
+    weight_only = activation_bits == WEIGHT_ONLY_BITS and method.rewrites
+    names = [layer.name for layer in decided.layers if layer.activation_bits is not None or weight_only]
     sites = [site.name for site in decided.attention]
     observed = {}
     if names or sites:
         amount = {"images": method.calibration.range_images, "batch_size": method.calibration.batch_size}
         observed = observe(teacher, pool, names, attention=sites, progress=progress, **amount)
         decided = _with_known_attention(decided, observed)
-    stretches, folded = rewrite(teacher, structure, method.rewrites, observed)
+    rewritten = rewrite(teacher, structure, method.rewrites, observed)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
     student = copy.deepcopy(teacher)
-    inside = {name for names in folded.values() for name in names}
-    builder = _Builder(method, seed, cursor, observed, stretches, inside)
+    builder = _Builder(method, seed, cursor, observed, rewritten)
     layers = operate(student, decided, builder.layer)
-    for norm, readers in folded.items():
-        fold(student.get_submodule(norm), stretches[readers[0]])
+    for norm, readers in rewritten.folded.items():
+        fold(student.get_submodule(norm), rewritten.scales[readers[0]])
     attention = {}
     for site in decided.attention:
         attention[site.name] = builder.attention(site).to(device)
         intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
     cursor.attach(student)
-    rewritten = {name: statistics(stretch, observed[name].channel_range) for name, stretch in stretches.items()}
-    return Student(student, layers, decided, structure, cursor, attention, rewritten, folded)
+    return Student(student, layers, decided, structure, cursor, attention, rewritten)
 
 
 def _with_known_attention(plan: Plan, observed: Mapping[str, Observed]) -> Plan:
@@ -155,40 +153,42 @@ def _errors(
 
 @dataclass(frozen=True)
 class _Builder:
-    """Makes the quantized parts of a student from what was observed of its teacher.
-
-    stretches: s of the layers that are rewritten. folded: those among them whose 1 / s a norm's gains hold
-    """
+    """Makes the quantized parts of a student from what was observed of its teacher."""
 
     method: Method
     seed: int
     cursor: StepCursor
     observed: Mapping[str, Observed]
-    stretches: Mapping[str, Tensor]
-    folded: Set[str]
+    rewritten: Rewritten
 
     def layer(self, plan: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-        weight, reciprocal, input_quantizer = module.weight.detach(), None, None
+        weight, seen, reciprocal, input_quantizer = module.weight.detach(), self.observed.get(plan.name), None, None
+        scale = self.rewritten.scales.get(plan.name)
+        if scale is not None:
+            assert seen is not None
+            weight, seen = stretched(weight, scale, groups_of(module)), seen.divided(scale)
+            inside = any(plan.name in readers for readers in self.rewritten.folded.values())
+            reciprocal = None if inside else 1 / scale
         if plan.activation_bits is not None:
-            seen = self.observed[plan.name]
-            if plan.name in self.stretches:
-                stretch = self.stretches[plan.name]
-                weight, seen = stretched(weight, stretch, groups_of(module)), seen.divided(stretch)
-                reciprocal = None if plan.name in self.folded else 1 / stretch
-            input_quantizer = self._quantizer(seen, plan.activation_bits)
+            assert seen is not None
+            how = self.method.activations
+            input_quantizer = self._quantizer(seen, plan.activation_bits, how.range, signed=how.signed)
         # what is not trained needs no adapters, and no rounding to be learned
         weights = self.method.weights if plan.trained or plan.weight_bits == 1 else UniformWeights()
         quantized = FakeQuantized(module, weights.build(weight, plan, self.seed), input_quantizer, reciprocal)
         return quantized.to(module.weight.device)
 
     def attention(self, plan: AttentionPlan) -> AttentionQuantizer:
-        bits = dict.fromkeys(OPERANDS, plan.bits) | {"probability": plan.probability_bits}
-        return AttentionQuantizer(
-            {operand: self._quantizer(self.observed[f"{plan.name}.{operand}"], bits[operand]) for operand in OPERANDS}
-        )
+        return AttentionQuantizer({operand: self._operand(plan, operand) for operand in OPERANDS})
 
-    def _quantizer(self, seen: Observed, bits: int) -> ActivationQuantizer:
-        how = self.method.activations
-        scale, zero_point = seen.range(bits, how.range, per_step=how.per_step, signed=how.signed)
-        return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=how.signed)
+    def _operand(self, plan: AttentionPlan, operand: str) -> ActivationQuantizer:
+        seen, how = self.observed[f"{plan.name}.{operand}"], self.method.activations
+        if operand != "probability":
+            return self._quantizer(seen, plan.bits, how.range, signed=how.signed)
+        # from 0 to the largest, whatever the recipe: most are next to nothing, and what counts are the rare large ones
+        return self._quantizer(seen, plan.probability_bits, "minmax", signed=False)
+
+    def _quantizer(self, seen: Observed, bits: int, how: RangeMethod, *, signed: bool) -> ActivationQuantizer:
+        scale, zero_point = seen.range(bits, how, per_step=self.method.activations.per_step, signed=signed)
+        return ActivationQuantizer(bits, scale, zero_point, self.cursor, signed=signed)

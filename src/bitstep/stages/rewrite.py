@@ -3,12 +3,15 @@
     Y = (X / s) (s W)
 
 Dividing the input by s is exact in the gains and shifts of a norm whose output nothing but such layers read, which then
-share one s; everywhere else 1 / s is a vector that the layer multiplies its input by.
+share one s; everywhere else 1 / s is a vector that the layer multiplies its input by. (It would be exact in a linear
+layer before as well, where nothing but products and averages over tokens lies between, as from values to the output
+projection of attention; those have the vector too.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +19,53 @@ from torch import Tensor, nn
 from bitstep.denoiser.layers import groups_of, weight_of
 from bitstep.denoiser.structure import Structure
 from bitstep.methods.base import Rewrite
-from bitstep.numerics.dilation import stretched
+from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.stages.ranges import Observed
 
 
-def rewrite(
-    teacher: nn.Module, structure: Structure, rewrites: Iterable[Rewrite], observed: Mapping[str, Observed]
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """s ``[in]`` of all observed layers that ``rewrites`` change, and the norms that can take 1 / s, with readers.
-
-    On the CPU, as what was observed is.
+@dataclass(frozen=True)
+class Rewritten:
+    """scales: s ``[in]``, the product of all rewrites', of every layer that they change
+    folded: norms that can take 1 / s, and the layers that read them
+    statistics: what each kind of rewrite, after those before it, did to every layer
     """
+
+    scales: dict[str, Tensor]
+    folded: dict[str, list[str]]
+    statistics: dict[str, dict[str, StretchStatistics]]
+
+
+def rewrite(
+    teacher: nn.Module, structure: Structure, rewrites: Sequence[Rewrite], observed: Mapping[str, Observed]
+) -> Rewritten:
+    """What ``rewrites`` make of all observed layers. On the CPU, as what was observed is."""
     parts = {info.name: info.parts for info in structure.layers}
-    scales: dict[str, Tensor] = {}
-    norms: dict[str, list[str]] = {}
+    found = Rewritten({}, {}, {change.kind: {} for change in rewrites})
     for names, norm in _together(teacher, structure, observed):
         layers = [teacher.get_submodule(name) for name in names]
         weight = torch.cat([weight_of(layer).detach().cpu() for layer in layers])
-        scale = scale_of(rewrites, weight, groups_of(layers[0]), observed[names[0]].channel_range, parts[names[0]])
+        channel_range = observed[names[0]].channel_range
+        scale = torch.ones_like(channel_range)
+        for change, own in zip(
+            rewrites, scales_of(rewrites, weight, groups_of(layers[0]), channel_range, parts[names[0]]), strict=True
+        ):
+            found.statistics[change.kind].update(dict.fromkeys(names, statistics(own, channel_range / scale)))
+            scale = scale * own
         if bool((scale != 1).any()):
-            scales |= dict.fromkeys(names, scale)
+            found.scales.update(dict.fromkeys(names, scale))
             if norm is not None:
-                norms[norm] = names
-    return scales, norms
+                found.folded[norm] = names
+    return found
 
 
-def scale_of(
+def scales_of(
     rewrites: Iterable[Rewrite], weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]
-) -> Tensor:
-    """The product ``[in]`` of the scales of all rewrites, each seeing what those before it made of the layer."""
-    scale = torch.ones_like(channel_range)
+) -> Iterator[Tensor]:
+    """The scale ``[in]`` of every rewrite, each seeing what those before it made of the layer."""
     for change in rewrites:
-        scale = scale * change.scale(stretched(weight, scale, groups), groups, channel_range / scale, parts)
-    return scale
+        scale = change.scale(weight, groups, channel_range, parts)
+        yield scale
+        weight, channel_range = stretched(weight, scale, groups), channel_range / scale
 
 
 @torch.no_grad()

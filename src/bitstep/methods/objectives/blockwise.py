@@ -14,6 +14,7 @@ of each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -90,7 +91,7 @@ def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> Ro
         output = _output(context.teacher, name, call)
         return Call({"timestep": call.timestep, "args": args, "kwargs": kwargs, "output": output})
 
-    rows = Rows(context.folder / "block", calls(indices[:1]), calls(indices[:2]))
+    rows = Rows(context.folder / "block", calls(indices[:1]), calls(indices[[0, -1]]))
     for chosen in indices.split(batch_size):
         rows.append(calls(chosen))
     return rows
@@ -108,8 +109,8 @@ def _inputs(denoiser: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...]
         found.append((args, kwargs))
         raise _Reached
 
-    handle = denoiser.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    _run_until_reached(denoiser, call, handle)
+    with denoiser.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+        run(denoiser, call)
     return found[0]
 
 
@@ -121,18 +122,9 @@ def _output(denoiser: nn.Module, name: str, call: Call) -> Any:
         found.append(output)
         raise _Reached
 
-    handle = denoiser.get_submodule(name).register_forward_hook(stop)
-    _run_until_reached(denoiser, call, handle)
-    return found[0]
-
-
-def _run_until_reached(denoiser: nn.Module, call: Call, handle: Any) -> None:
-    try:
+    with denoiser.get_submodule(name).register_forward_hook(stop), suppress(_Reached):
         run(denoiser, call)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    return found[0]
 
 
 def _tensors(output: Any) -> list[Tensor]:
