@@ -1,9 +1,8 @@
-"""Speed and memory on an NVIDIA GPU: single layers and whole denoisers beside half precision, and a sweep of tilings.
+"""Speed and memory on an NVIDIA GPU: single layers and whole denoisers beside half precision.
 
     python benchmarks/gpu.py            # layers and models: benchmarks/results/gpu.json, tables in docs/performance.md
     python benchmarks/gpu.py layers     # one of them; the results of the other stay
     python benchmarks/gpu.py tables     # no GPU needed: the tables once more, from the results
-    python benchmarks/gpu.py tilings    # build/tilings.json: what bitstep.runtime.cuda.tiling_of should be written by
 
 Programs are compiled in many processes before anything is timed. Single layers are timed by the device's clock, with
 all calls waiting in its queue, so that what it takes to start them from Python does not count; their operands stay in
@@ -41,7 +40,6 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.steps import StepGrid
 from bitstep.runtime import cuda
-from bitstep.runtime.cuda import Tiling
 from bitstep.runtime.dispatch import kernels_in_use, set_backend
 from bitstep.runtime.layers import LayerFormat, PackedModule, packed_like
 
@@ -53,7 +51,6 @@ CALLS, REPEATS = 10, 3  # of a timed layer
 ROUNDS = 10  # visits to every variant of a model, of 5 calls each
 BATCHES = (1, 8)
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A4": (2, 4), "W1A4": (1, 4)}
-SWEPT = "W8A8"  # other weights become such bytes before the product
 MODELS = {"fruits32": ("W4A4",), "sd15": ("W8A8", "W4A4", "W1A4")}
 TITLES = {"fruits32": "the UNet of `demo:fruits32`", "sd15": "a UNet of the size of Stable Diffusion 1.5"}
 BASELINE = "fp16, CUDA graph"
@@ -195,87 +192,6 @@ def in_processes(work: Callable[[Any], None], jobs: list[Any], seconds: float) -
     print(f"compiled in {workers} processes, {time.monotonic() - began:.0f} s; {len(unfinished)} jobs unfinished")
     for error, count in errors.items():
         print(f"  {count} jobs failed: {error}")
-
-
-# ---- the sweep of tilings
-
-
-def _is_sensible(tiling: Tiling) -> bool:
-    area = tiling.rows * tiling.columns
-    sums = area // (32 * tiling.warps)  # in the registers of a thread
-    lopsided = max(tiling.rows, tiling.columns) > 4 * min(tiling.rows, tiling.columns)
-    small = area <= 64 * 64
-    return not lopsided and (8 if tiling.warps == 4 else 32) <= sums <= 128 and (small or tiling.stages < 5)
-
-
-GRID = product((32, 64, 128), (32, 64, 128), (4, 8), (3, 4, 5), (1, 2, 4, 8))
-TILINGS = [tiling for tiling in map(Tiling._make, GRID) if _is_sensible(tiling)]
-
-
-def with_tiling(tiling: Tiling, call: Callable[[], Any]) -> Any:
-    def fixed(*_: Any) -> Tiling:  # a mock's own answer would take longer than many a product
-        return tiling
-
-    with mock.patch.object(cuda, "tiling_of", fixed):
-        return call()
-
-
-def compile_tilings(job: tuple[Shape, list[Tiling]]) -> None:
-    torch.set_grad_enabled(False)
-    shape, tilings = job
-    call = product_of(packed_layer(shape, SWEPT), shape.input())
-    for tiling in tilings:
-        tried(partial(with_tiling, tiling, call))
-
-
-def sweep_jobs() -> list[tuple[Shape, list[Tiling]]]:
-    """Every program of the sweep once: layers of one kernel size that take as many channels at a time share it."""
-    alike = {(shape.kernel, cuda._tile_of(shape.channels)): shape for shape in reversed(SHAPES)}
-    chunks = [TILINGS[i : i + 5] for i in range(0, len(TILINGS), 5)]
-    return [(shape, chunk) for chunk in chunks for shape in alike.values()]
-
-
-def sweep(shape: Shape) -> dict[str, Any]:
-    """Microseconds of the product with every tiling."""
-    call = product_of(packed_layer(shape, SWEPT), shape.input())
-    with mock.patch.object(cuda, "tiling_of", wraps=cuda.tiling_of) as seen:
-        call()
-    rule = cuda.tiling_of(*seen.call_args.args)
-    times = {tiling: tried(partial(with_tiling, tiling, partial(microseconds, call))) for tiling in {*TILINGS, rule}}
-    return {
-        "shape": shape._asdict(),
-        "rows": shape.rows,
-        "rule": rule,
-        "times": [[*tiling, us] for tiling, us in times.items() if isinstance(us, float)],
-        "failed": [[*tiling, why] for tiling, why in times.items() if isinstance(why, str)],
-    }
-
-
-def swept_line(row: dict[str, Any]) -> str:
-    """The rule's time and the best tilings, as multiples of the best time."""
-    times = {Tiling(*tiling): us for *tiling, us in row["times"]}
-    best = sorted(times, key=times.__getitem__)
-    if not best:
-        return f"{Shape(**row['shape'])}: {row['failed'][0][-1]}"
-    ratio = {tiling: us / times[best[0]] for tiling, us in times.items()}
-    rule = f"{ratio[row['rule']]:.2f}" if row["rule"] in ratio else "failed"
-    five = " ".join(f"{'.'.join(map(str, tiling))}={ratio[tiling]:.2f}" for tiling in best[:5])
-    return f"{Shape(**row['shape'])}: {times[best[0]]:.1f} us, rule {rule} | {five}"
-
-
-def measure_tilings(out: Path, seconds: float) -> None:
-    began = time.monotonic()
-    in_processes(compile_tilings, sweep_jobs(), seconds / 2)
-    rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        if time.monotonic() - began > seconds:
-            print(f"stopped after {seconds:.0f} s, before {shape}")
-            break
-        rows.append(sweep(shape))
-    write(out, json.dumps({"machine": machine(), "tilings": rows}) + "\n")
-    print("rows.columns.warps.stages.splits=time, the best being 1")
-    print("\n".join(map(swept_line, rows)))
-    print(f"{sum(len(row['failed']) for row in rows)} failures; {time.monotonic() - began:.0f} s")
 
 
 # ---- layers against half precision
@@ -579,19 +495,14 @@ def require_gpu() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "layers", "models", "tables", "tilings"], default="all")
-    parser.add_argument("--out", type=Path, default=ROOT / "build/tilings.json", help="of the sweep of tilings")
-    parser.add_argument("--seconds", type=float, default=120, help="after which the sweep starts no new shape")
+    parser.add_argument("what", nargs="?", choices=["all", "layers", "models", "tables"], default="all")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="of layers and models")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cudnn.benchmark = True
     if arguments.what != "tables":
         require_gpu()
-    if arguments.what == "tilings":
-        measure_tilings(arguments.out, arguments.seconds)
-        return
     results: dict[str, Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
 
     def save() -> None:

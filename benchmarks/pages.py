@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitstep.files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +26,4 @@ def put(page: Path, name: str, content: str) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitstep
+from bitstep.files import replacing
 from bitstep.methods import METHODS
 from bitstep.metrics import frechet_distance, psnr, ssim
 from bitstep.recipe import parse_bits
@@ -151,8 +152,8 @@ class Judge:
         path = self._settings.work / f"{name}.safetensors"
         if not path.exists():
             print(f"{path.stem} ...", flush=True)
-            save_file({"tensor": make().contiguous()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            with replacing(path) as temporary:
+                save_file({"tensor": make().contiguous()}, temporary)
         return load_file(path)["tensor"]
 
 

@@ -12,7 +12,7 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr float kValue = 2020;  // kBlock x 2**13 x 2020 < 2**31, less 1 % that rounding may add to large logarithms
+constexpr float kValue = 2020;  // kBlockKeys x 2**13 x 2020 < 2**31, less 1 % that rounding may add to large logarithms
 constexpr float kDepth = 4096;  // steps of a logarithm to base 2, in 16 bits
 
 // The step by which values of at most `most` are at most `limit` steps; any, where they are next to nothing.
@@ -66,7 +66,7 @@ class Softmax {
   // steps: of the logits to base 2
   explicit Softmax(const F (&steps)[2]) : steps_{steps[0], steps[1]} {}
 
-  // Take up to kBlock keys; logits [count][kWide] to probabilities [count / 2][kWide] of two keys. What was gathered
+  // Take up to kBlockKeys; logits [count][kWide] to probabilities [count / 2][kWide] of two keys. What was gathered
   // from earlier keys is to be multiplied by the correction.
   void take(const int32_t* logits, int64_t count, const I (&most)[2], int32_t* probabilities, F (&correction)[2]) {
     F step[2], origin[2];
@@ -130,10 +130,10 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
           steps[half] = min(step * splat(shape.scale * 1.44269504f * key_steps[head]), splat(0x1p-14f));
         }
         Softmax softmax(steps);
-        alignas(64) int32_t logits[kBlock * kWide];
-        alignas(64) int32_t probabilities[kBlock / 2 * kWide];
-        for (int64_t begin = 0; begin < shape.keys; begin += kBlock) {
-          const int64_t count = std::min(kBlock, shape.keys - begin);
+        alignas(64) int32_t logits[kBlockKeys * kWide];
+        alignas(64) int32_t probabilities[kBlockKeys / 2 * kWide];
+        for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
+          const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           I most[2] = {softmax.most(0), softmax.most(1)};
           for (int64_t key = 0; key < count; key += kRows) {  // keys beyond the last are zero in memory
             multiply(keys + (begin + key) * heads.words, heads.words, tile.queries(), heads.pairs,
@@ -144,7 +144,7 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
           }
           F correction[2];
           softmax.take(logits, count, most, probabilities, correction);
-          tile.mix(values + begin * heads.words, probabilities, (count + 1) / 2, correction);
+          tile.mix(values + begin * heads.words, probabilities, divide_up(count, 2), correction);
         }
         const F inverse[2] = {1.0f / softmax.total(0), 1.0f / softmax.total(1)};
         const float* value_step = value_steps + head * heads.words;

@@ -68,9 +68,9 @@ void attend_coded(const bitstep_attention_shape& shape, const bitstep_step* step
         F total[2];
         exponentiate(logits, shape.keys, most, shape.scale * query.scale() * coder(kKey, head).scale(), total);
         const F inverse[2] = {1.0f / total[0], 1.0f / total[1]}, one[2] = {splat(1.0f), splat(1.0f)};
-        alignas(64) int32_t weights[kBlock / 2 * kWide];
-        for (int64_t begin = 0; begin < shape.keys; begin += kBlock) {
-          const int64_t count = std::min(kBlock, shape.keys - begin);
+        alignas(64) int32_t weights[kBlockKeys / 2 * kWide];
+        for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
+          const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           for (int64_t key = 0; key < count; key += 2) {
             for (int half = 0; half < 2; ++half) {
               const float* powers = logits + (begin + key) * kWide + half * kLanes;
@@ -79,7 +79,7 @@ void attend_coded(const bitstep_attention_shape& shape, const bitstep_step* step
               store(weights + key / 2 * kWide + half * kLanes, join(even, odd));
             }
           }
-          tile.mix(values + begin * heads.words, weights, (count + 1) / 2, one);
+          tile.mix(values + begin * heads.words, weights, divide_up(count, 2), one);
         }
         const F gain = splat(probability.scale() * coder(kValue, head).scale());
         tile.write([&](int, int64_t) { return gain; }, y + at);

@@ -5,6 +5,7 @@
 
 #include "clone.h"
 #include "codes.h"
+#include "divide.h"
 #include "panel.h"
 #include "parallel.h"
 #if defined(BITSTEP_amx)
@@ -21,8 +22,8 @@ class Convolution {
       : layer_(layer), map_(map), step_(step), border_(map_) {
     out_h_ = (border_.height - layer.dilation_h * (layer.kernel_h - 1) - 1) / layer.stride_h + 1;
     out_w_ = (border_.width - layer.dilation_w * (layer.kernel_w - 1) - 1) / layer.stride_w + 1;
-    columns_ = (layer.out_channels + kColumn - 1) / kColumn * layer.bases;
-    panels_ = (columns_ + layer.panel - 1) / layer.panel;
+    columns_ = static_cast<int>(divide_up(layer.out_channels, kColumn)) * layer.bases;
+    panels_ = static_cast<int>(divide_up(columns_, layer.panel));
     prepare_outputs();
   }
 
@@ -76,14 +77,14 @@ class Convolution {
                 const bitstep_epilogue& epilogue, float* y) const {
     const int64_t halo = int64_t{layer_.dilation_h} * (layer_.kernel_h - 1) + 1;
     const int64_t cached = (kBandBytes / (border_.row_bytes * Kind::kScaling) - halo) / layer_.stride_h + 1;
-    const int64_t bands = (end - first + std::max<int64_t>(1, cached) - 1) / std::max<int64_t>(1, cached);
+    const int64_t bands = divide_up(end - first, std::max<int64_t>(1, cached));
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t top = first + (end - first) * band / bands, bottom = first + (end - first) * (band + 1) / bands;
       const uint8_t* source = codes;
 #if defined(BITSTEP_avx512)
       if (layer_.table) source = make_tables(codes, code_row(top), code_row(bottom - 1) + halo);
 #endif
-      const int64_t pixels = (bottom - top) * out_w_, tiles = (pixels + Kind::kPixels - 1) / Kind::kPixels;
+      const int64_t pixels = (bottom - top) * out_w_, tiles = divide_up(pixels, Kind::kPixels);
       const int64_t work = panels_ * tiles;
       for (int64_t at = work * share / shares, stop = work * (share + 1) / shares, next; at < stop; at = next) {
         const int64_t panel = at / tiles;
@@ -127,7 +128,7 @@ class Convolution {
     window.across = tap * layer_.dilation_w;
     window.down = border_.row_bytes * Kind::kScaling * layer_.dilation_h;
     window.beside = tap * layer_.stride_w;
-    for (window.part = kChunk; window.steps % window.part; --window.part) {}
+    for (window.part = kChunkSteps; window.steps % window.part; --window.part) {}
     return window;
   }
 
@@ -153,28 +154,27 @@ class Convolution {
 
   // Bytes of memory that hold some blocks.
   int64_t panel_stride(int64_t blocks) const {
-    const int share = 8 / layer_.bits;
-    return (blocks + share - 1) / share * kBlock;
+    return divide_up(blocks, 8 / layer_.bits) * kBlockBytes;
   }
 
   Feed make_feed(int panel, int columns, const Window& window, int64_t tiles) const {
     const int64_t stride = panel_stride(window.count() * layer_.panel), blocks = window.count() * columns;
-    const int64_t chunks = tiles * window.runs * ((window.steps + kChunk - 1) / kChunk);
+    const int64_t chunks = tiles * window.runs * divide_up(window.steps, kChunkSteps);
     Feed feed;
     feed.columns = columns;
     feed.packed = layer_.weight + panel * stride;
     feed.next = feed.packed + stride;
     feed.end = panel + 2 < panels_ ? feed.next + stride : feed.next;
-    feed.fetched = (stride / chunks / kBlock + 1) * kBlock;
+    feed.fetched = (stride / chunks / kBlockBytes + 1) * kBlockBytes;
     if (layer_.bits == 8) {
       feed.weight = feed.packed;
       feed.blocks = 0;
     } else {
       feed.unpack = layer_.bits == 4 ? unpack<4> : layer_.bits == 2 ? unpack<2> : unpack<1>;
-      feed.zero = layer_.zero + int64_t{panel} * layer_.panel * kBlock;
+      feed.zero = layer_.zero + int64_t{panel} * layer_.panel * kBlockBytes;
       feed.share = 8 / layer_.bits;
       feed.blocks = blocks;
-      feed.out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlock));
+      feed.out = static_cast<uint8_t*>(scratch(Slot::kPanel, blocks * kBlockBytes));
       feed.weight = feed.out;
     }
     return feed;
@@ -183,7 +183,7 @@ class Convolution {
   // Start to load what finish() will write and read, as the pixels of a tile lie far apart.
   void fetch_outputs(int64_t pixel, int column, int columns, const bitstep_epilogue& epilogue, const float* y) const {
     const int64_t at = pixel * layer_.out_channels + column / layer_.bases * kColumn;
-    for (int64_t i = at; i < at + columns * kColumn / layer_.bases; i += kBlock / sizeof(float)) {
+    for (int64_t i = at; i < at + columns * kColumn / layer_.bases; i += kBlockBytes / sizeof(float)) {
       __builtin_prefetch(y + i, 1);
       if (epilogue.residual) __builtin_prefetch(epilogue.residual + i);
     }

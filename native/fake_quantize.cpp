@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "clone.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -10,7 +11,7 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int64_t kChunk = 8192;  // values summed in float before they are added up in double
+constexpr int64_t kChunkValues = 8192;  // summed in float before they are added up in double
 
 // The step of one row.
 struct Rounding {
@@ -30,21 +31,13 @@ struct Rounding {
 // part(row, first, count, index) for every chunk of every row.
 template <class Part>
 void for_chunks(const bitstep_rows& rows, int threads, const Part& part) {
-  const int64_t chunks = (rows.length + kChunk - 1) / kChunk;
+  const int64_t chunks = divide_up(rows.length, kChunkValues);
   parallel_for(rows.count * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t row = index / chunks, first = index % chunks * kChunk;
-      part(row, row * rows.length + first, std::min(kChunk, rows.length - first), index);
+      const int64_t row = index / chunks, first = index % chunks * kChunkValues;
+      part(row, row * rows.length + first, std::min(kChunkValues, rows.length - first), index);
     }
   });
-}
-
-// at(i, lanes) for every vector of [0, count).
-template <class At>
-inline void for_vectors(int64_t count, const At& at) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) at(i, kLanes);
-  if (i < count) at(i, static_cast<int>(count - i));
 }
 
 }  // namespace
@@ -61,8 +54,8 @@ void fake_quantize(const bitstep_rows& rows, const float* x, float* y, int threa
 
 void fake_quantize_backward(const bitstep_rows& rows, const float* x, const float* grad, float* grad_x,
                             float* grad_scale, float* grad_zero_point, int threads) {
-  const int64_t chunks = (rows.length + kChunk - 1) / kChunk;
-  auto* sums = static_cast<float*>(scratch(Slot::kRows, 2 * rows.count * chunks * sizeof(float)));
+  const int64_t chunks = divide_up(rows.length, kChunkValues);
+  auto* sums = static_cast<float*>(scratch(Slot::kGradients, 2 * rows.count * chunks * sizeof(float)));
   for_chunks(rows, threads, [&](int64_t row, int64_t first, int64_t count, int64_t index) {
     const Rounding rounding(rows, row);
     F of_scale{}, lost{};

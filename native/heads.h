@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "bitstep.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -14,12 +15,10 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int kWide = 2 * kLanes;  // queries side by side
-constexpr int kRows = 8;           // keys, or channels of values, multiplied side by side
-constexpr int64_t kBlock = 128;    // keys whose weighted values one sum holds
-constexpr int64_t kAhead = 12;     // tokens between a load and its use
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int kWide = 2 * kLanes;    // queries side by side
+constexpr int kRows = 8;             // keys, or channels of values, multiplied side by side
+constexpr int64_t kBlockKeys = 128;  // whose weighted values one sum holds
+constexpr int64_t kAhead = 12;       // tokens between a load and its use
 
 inline int lanes_left(int64_t count, int64_t at) { return static_cast<int>(std::min<int64_t>(kLanes, count - at)); }
 
@@ -65,9 +64,9 @@ struct Heads {
   explicit Heads(const bitstep_attention_shape& shape)
       : shape(shape),
         channels(int64_t{shape.heads} * shape.head_channels),
-        pairs((shape.head_channels + 1) / 2),
+        pairs(divide_up(shape.head_channels, 2)),
         words(round_up(shape.head_channels, kLanes)),
-        keys(round_up(shape.keys, kBlock)) {}
+        keys(round_up(shape.keys, kBlockKeys)) {}
 
   int64_t count() const { return int64_t{shape.batch} * shape.heads; }
 
@@ -88,7 +87,7 @@ struct Heads {
   // attend(head, first query, number of queries, keys, values) for every tile of its queries.
   template <class PackKeys, class PackValues, class Attend>
   void run(const PackKeys& pack_keys, const PackValues& pack_values, const Attend& attend, int threads) const {
-    const int64_t size = keys * words, tiles = (shape.queries + kWide - 1) / kWide;
+    const int64_t size = keys * words, tiles = divide_up(shape.queries, kWide);
     auto* key_words = static_cast<int16_t*>(scratch(Slot::kKeys, count() * size * sizeof(int16_t)));
     auto* value_words = static_cast<int16_t*>(scratch(Slot::kValues, count() * size * sizeof(int16_t)));
     parallel_for(2 * count(), threads, [&](int64_t begin, int64_t end) {
@@ -127,8 +126,8 @@ struct Heads {
       I pairs[kLanes];
       for (int i = 0; i < kLanes; ++i) pairs[i] = join(value(key + 2 * i), value(key + 2 * i + 1));
       transpose(pairs);
-      int16_t* out = values + key / kBlock * kBlock * words + c * kBlock + key % kBlock;
-      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(out + i * kBlock), pairs[i]);
+      int16_t* out = values + key / kBlockKeys * kBlockKeys * words + c * kBlockKeys + key % kBlockKeys;
+      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<int32_t*>(out + i * kBlockKeys), pairs[i]);
     }
   }
 };
@@ -139,7 +138,7 @@ class Tile {
   Tile(const Heads& heads, int queries)
       : heads_(heads),
         count_(queries),
-        rows_(static_cast<float*>(scratch(Slot::kRows, heads.words * kLanes * sizeof(float)))),
+        rows_(static_cast<float*>(scratch(Slot::kQueryRows, heads.words * kLanes * sizeof(float)))),
         queries_(static_cast<int32_t*>(scratch(Slot::kQueries, heads.pairs * kWide * sizeof(int32_t)))),
         mixed_(static_cast<float*>(scratch(Slot::kMixed, heads.words * kWide * sizeof(float)))) {
     std::fill(mixed_, mixed_ + heads.words * kWide, 0.0f);
@@ -176,7 +175,7 @@ class Tile {
   // mixed = correction * mixed + values . weights; weights [pairs][kWide] of two keys, values of their block.
   void mix(const int16_t* values, const int32_t* weights, int64_t pairs, const F (&correction)[2]) {
     for (int64_t c = 0; c < heads_.shape.head_channels; c += kRows) {
-      multiply(values + c * kBlock, kBlock, weights, pairs, [&](int r, int half, I sums) {
+      multiply(values + c * kBlockKeys, kBlockKeys, weights, pairs, [&](int r, int half, I sums) {
         float* mixed = mixed_ + (c + r) * kWide + half * kLanes;
         store(mixed, load(mixed) * correction[half] + to_float(sums));
       });

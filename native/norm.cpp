@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "clone.h"
+#include "divide.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -10,7 +11,7 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int64_t kChunk = 64;  // pixels summed in float before they are added up in double
+constexpr int64_t kChunkPixels = 64;  // summed in float before they are added up in double
 
 // Sums of the values less a pivot, and of their squares, over some pixels, per channel. A value of the channel as pivot
 // leaves nothing large to cancel where the mean is far from zero. Pixels are read in order, as memory likes it.
@@ -43,12 +44,12 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
                 int threads) {
   const int64_t channels = map.channels, own = channels - map.rest_channels, groups = prologue.groups;
   const int64_t pixels = int64_t{map.height / map.repeat} * (map.width / map.repeat);
-  const int64_t chunks = (pixels + kChunk - 1) / kChunk, width = channels / groups;
-  auto* parts = static_cast<float*>(scratch(Slot::kRows, map.batch * chunks * 2 * channels * sizeof(float)));
+  const int64_t chunks = divide_up(pixels, kChunkPixels), width = channels / groups;
+  auto* parts = static_cast<float*>(scratch(Slot::kMoments, map.batch * chunks * 2 * channels * sizeof(float)));
   parallel_for(map.batch * chunks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t sample = part / chunks, first = part % chunks * kChunk;
-      const int64_t at = sample * pixels + first, count = std::min(kChunk, pixels - first);
+      const int64_t sample = part / chunks, first = part % chunks * kChunkPixels;
+      const int64_t at = sample * pixels + first, count = std::min(kChunkPixels, pixels - first);
       float* sums = parts + part * 2 * channels;
       const float *pivot = x + sample * pixels * own, *rest_pivot = map.rest + sample * pixels * map.rest_channels;
       moments(x + at * own, pivot, count, own, sums, sums + channels);
@@ -62,7 +63,7 @@ void group_norm(const bitstep_map& map, const bitstep_prologue& prologue, const 
       double total = 0, squares = 0;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const float* sums = parts + (sample * chunks + chunk) * 2 * channels + group * width;
-        const double n = static_cast<double>(std::min(kChunk, pixels - chunk * kChunk));
+        const double n = static_cast<double>(std::min(kChunkPixels, pixels - chunk * kChunkPixels));
         for (int64_t c = 0; c < width; ++c) {
           const int64_t channel = group * width + c;
           const double p = channel < own ? pivot[channel] : rest_pivot[channel - own], sum = sums[c];

@@ -19,10 +19,10 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int kBlock = 64;                          // bytes: 16 output channels x 4
-constexpr int kColumn = 16;                         // output channels
-constexpr int kVectors = kColumn / kLanes;          // accumulators per column and pixel
-constexpr int kMaxPanel = 4;                        // columns
+constexpr int kBlockBytes = 64;             // 16 output channels x 4
+constexpr int kColumn = 16;                 // output channels
+constexpr int kVectors = kColumn / kLanes;  // accumulators per column and pixel
+constexpr int kMaxPanel = 4;                // columns
 #if defined(BITSTEP_avx512)
 constexpr bool kWholePanels = true;  // all columns of a panel are accumulated at once
 #else
@@ -54,7 +54,7 @@ struct Tables {
 };
 #endif
 
-constexpr int64_t kChunk = 16;  // steps
+constexpr int64_t kChunkSteps = 16;  // after which more weights become bytes
 
 // The kernel window over the codes, as runs of consecutive bytes that every pixel visits.
 struct Window {
@@ -62,7 +62,7 @@ struct Window {
   int64_t across, down;     // bytes from run to run in a kernel row, and from kernel row to kernel row
   int64_t runs_per_row;
   int64_t beside;           // bytes from a pixel's window to that of the next in its row
-  int part;                 // steps, at most kChunk: what a run has a whole number of
+  int part;                 // steps, at most kChunkSteps: what a run has a whole number of
 
   int64_t count() const { return runs * steps; }
   int64_t offset(int64_t run) const { return run / runs_per_row * down + run % runs_per_row * across; }
@@ -77,16 +77,16 @@ void unpack(const uint8_t* packed, const int8_t* zero, int columns, int64_t bloc
   const I mask = splat(((1 << Bits) - 1) * 0x01010101);
   const auto* zeros = reinterpret_cast<const uint8_t*>(zero);
   int64_t at = 0;  // of the block's column in zeros
-  for (; blocks > 0; blocks -= kShare, packed += kBlock) {
+  for (; blocks > 0; blocks -= kShare, packed += kBlockBytes) {
 #pragma GCC unroll 8
-    for (int part = 0; part < kShare; ++part, out += kBlock) {
+    for (int part = 0; part < kShare; ++part, out += kBlockBytes) {
       if (part >= blocks) return;
-      for (int i = 0; i < kBlock; i += kLanes * 4) {
+      for (int i = 0; i < kBlockBytes; i += kLanes * 4) {
         const I code = load(reinterpret_cast<const int32_t*>(packed + i)) >> part * Bits & mask;
         const B value = (B)(Bits == 1 ? code + code : code) - *reinterpret_cast<const B*>(zeros + at + i);
         *reinterpret_cast<B*>(out + i) = value;
       }
-      at = at + kBlock == columns * kBlock ? 0 : at + kBlock;
+      at = at + kBlockBytes == columns * kBlockBytes ? 0 : at + kBlockBytes;
     }
   }
 }
@@ -109,13 +109,14 @@ struct Feed {
   // Called before each chunk of steps.
   void advance() {
     if (blocks > 0) {
-      const int64_t count = kChunk * columns;
+      const int64_t count = kChunkSteps * columns;
       unpack(packed, zero, columns, std::min(count, blocks), out);
-      packed += count / share * kBlock;
-      out += count * kBlock;
+      packed += count / share * kBlockBytes;
+      out += count * kBlockBytes;
       blocks -= count;
     }
-    for (const uint8_t* stop = std::min(next + fetched, end); next < stop; next += kBlock) __builtin_prefetch(next, 0, 2);
+    const uint8_t* stop = std::min(next + fetched, end);
+    for (; next < stop; next += kBlockBytes) __builtin_prefetch(next, 0, 2);
   }
 };
 
@@ -123,13 +124,13 @@ struct Feed {
 template <class Kind, int P, int C>
 void accumulate(const uint8_t* const* pixels, const Window& window, int column, Feed& feed, int32_t* sums) {
   constexpr int V = C * kVectors;
-  const int64_t stride = (kWholePanels ? C : feed.columns) * kBlock;
-  const uint8_t* weight = feed.weight + column * kBlock;
+  const int64_t stride = (kWholePanels ? C : feed.columns) * kBlockBytes;
+  const uint8_t* weight = feed.weight + column * kBlockBytes;
   I acc[P][V] = {};
   for (int64_t run = 0; run < window.runs; ++run) {
     const int64_t offset = window.offset(run);
     for (int64_t step = 0, next; step < window.steps; step = next) {
-      next = std::min(step + kChunk, window.steps);
+      next = std::min(step + kChunkSteps, window.steps);
       feed.advance();
       const uint8_t* at[P];
       for (int p = 0; p < P; ++p) at[p] = pixels[p] + offset + next * Kind::kStep;

@@ -29,7 +29,7 @@ struct Run {
 
 template <Activation A, bool LayerNorm>
 void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
-  const auto encode_at = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  for_vectors(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     F value = load_some(run.x + i, lanes);
     if (LayerNorm) value = (value - run.mean) * run.deviation_reciprocal;
     if (run.gain) value *= load_some(run.gain + i, lanes);
@@ -39,10 +39,7 @@ void encode(const Coder& code, const Run& run, int64_t count, uint8_t* out) {
     if (A == kGeglu) value *= exact_gelu(load_some(run.x + count + i, lanes));  // the gates follow
     if (run.channel_reciprocal) value *= load_some(run.channel_reciprocal + i, lanes);
     store_bytes(out + i, code(value), lanes);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) encode_at(i, kLanes);
-  if (i < count) encode_at(i, static_cast<int>(count - i));
+  });
 }
 
 // take(vector, lanes) for the values of a run.

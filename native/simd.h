@@ -251,6 +251,14 @@ inline I pick(I a, I b, I index) {
 inline F load_some(const float* p, int count) { return count == kLanes ? load(p) : load(p, count); }
 inline void store_some(float* p, F x, int count) { count == kLanes ? store(p, x) : store(p, x, count); }
 
+// at(i, lanes) for every vector of [0, count); `at` is to be inlined, once for whole vectors and once for the rest.
+template <class At>
+inline void for_vectors(int64_t count, const At& at) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) at(i, kLanes);
+  if (i < count) at(i, static_cast<int>(count - i));
+}
+
 // Lane i of vector j becomes lane j of vector i.
 template <int Size = kLanes / 2>
 inline void transpose(I (&x)[kLanes]) {

@@ -50,14 +50,14 @@ template <>
 class Registers<Tiles> {
  public:
   explicit Registers(const Window& window) {
-    static_assert(kChunk <= kTileRows);
+    static_assert(kChunkSteps <= kTileRows);
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } layout;
     for (int tile = 0; tile < 8; ++tile) {
-      layout.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? window.part * Tiles::kStep : kBlock);
+      layout.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? window.part * Tiles::kStep : kBlockBytes);
       layout.rows[tile] = static_cast<uint8_t>(tile < 6 ? kTileRows : window.part);
     }
     asm volatile("ldtilecfg %0" : : "m"(layout));
@@ -84,7 +84,7 @@ class TilePixels {
     for (int p = 0; p < count_; ++p) {
       _mm512_store_si512(rows_[p], _mm512_maskz_loadu_epi8(bytes_, pixels_[p] + offset));
     }
-    tile_load<Tile>(rows_, kBlock);
+    tile_load<Tile>(rows_, kBlockBytes);
   }
 
  private:
@@ -93,13 +93,13 @@ class TilePixels {
   const int64_t beside_;
   const __mmask64 bytes_;
   bool gathered_ = false;  // as they do not lie one beside the other
-  alignas(64) uint8_t rows_[kTileRows][kBlock];
+  alignas(64) uint8_t rows_[kTileRows][kBlockBytes];
 };
 
 // sums[pixel][column] over the window, for up to 16 P pixels and a panel of C columns.
 template <int P, int C>
 void accumulate_tiles(int count, const uint8_t* const* pixels, const Window& window, Feed& feed, int32_t* sums) {
-  constexpr int64_t kRow = C * kBlock;
+  constexpr int64_t kRow = C * kBlockBytes;
   TilePixels first(pixels, std::min(count, kTileRows), window);
   TilePixels second(pixels + kTileRows * (P - 1), count - kTileRows * (P - 1), window);
   const uint8_t* weight = feed.weight;
@@ -112,7 +112,7 @@ void accumulate_tiles(int count, const uint8_t* const* pixels, const Window& win
       tile_load<6>(weight, kRow);
       tile_dot<0, 4, 6>();
       if constexpr (C == 2) {
-        tile_load<7>(weight + kBlock, kRow);
+        tile_load<7>(weight + kBlockBytes, kRow);
         tile_dot<1, 4, 7>();
       }
       if constexpr (P == 2) {

@@ -45,6 +45,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from bitstep.stages.load import Source
+
 WIDTH = 16  # of every text embedding
 FRAMES = 16  # of AnimateDiff's videos, unless it is told otherwise
 
@@ -298,3 +300,8 @@ def build(name: str, seed: int = 0) -> DiffusionPipeline:
             component.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def source(name: str) -> Source:
+    """:func:`build`'s pipeline as if it had been loaded."""
+    return Source(name, build(name))

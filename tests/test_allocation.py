@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import build
+from pipelines import source
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from bitstep.methods.binarydm import BINARYDM, BinaryWeights
 from bitstep.numerics.allocation import allocate
 from bitstep.quantizers.weights import DenseWeight, UniformWeight
 from bitstep.stages.calibrate import record, stream
-from bitstep.stages.load import Source, load
+from bitstep.stages.load import load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.trajectories.pool import Pool
@@ -64,10 +64,9 @@ def test_no_choice_within_the_budget_is_better_by_more_than_the_best_step_refuse
 
 
 def recorded(name: str) -> tuple[nn.Module, Pool]:
-    pipeline = build(name)
-    source = Source(name, pipeline)
-    source.denoiser.requires_grad_(False)
-    return source.denoiser, next(stream(source, images=4, batch_size=4, steps=4, seed=0))
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    return given.denoiser, next(stream(given, images=4, batch_size=4, steps=4, seed=0))
 
 
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit"])
@@ -97,9 +96,9 @@ def test_probes_measure_what_trying_each_layer_does(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in denoiser.parameters())
 
 
-def binary(source: nn.Module, pool: Pool, weights: BinaryWeights, bits: float) -> Student:
+def binary(teacher: nn.Module, pool: Pool, weights: BinaryWeights, bits: float) -> Student:
     method = BINARYDM.model_copy(update={"weights": weights})
-    return prepare(source, pool, method, weight_bits=bits, activation_bits=8)
+    return prepare(teacher, pool, method, weight_bits=bits, activation_bits=8)
 
 
 def test_measured_bits_pay_on_the_bundled_model(tmp_path: Path) -> None:

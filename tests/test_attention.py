@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from packed import GRID, random_layer, without_replay
-from pipelines import build, unet
+from pipelines import build, source, unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,13 +121,12 @@ def test_half_precision_holds_the_logits() -> None:
 
 @functools.cache
 def student(name: str, per_step: bool = True) -> tuple[Student, Any]:
-    pipeline = build(name)
-    source = Source(name, pipeline)
-    pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
+    given = source(name)
+    pool = next(stream(given, images=2, batch_size=2, steps=3, seed=0))
     method = Method(
         name="rounding", activations=Activations(per_step=per_step), attention=AttentionOperands(quantized=True)
     )
-    return prepare(source.denoiser, pool, method, weight_bits=8, activation_bits=4), pool
+    return prepare(given.denoiser, pool, method, weight_bits=8, activation_bits=4), pool
 
 
 def test_attention_sample_by_sample_stays_in_floating_point() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from pipelines import build
+from pipelines import build, source
 from torch import Tensor, nn
 
 from bitstep import run
@@ -37,7 +37,7 @@ from bitstep.run_folder import LOSS
 from bitstep.stages.calibrate import stream
 from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
 from bitstep.stages.inspect import packed_manifest
-from bitstep.stages.load import Source, load
+from bitstep.stages.load import load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import read
 from bitstep.surgery import add_bases
@@ -47,18 +47,13 @@ from bitstep.trajectories.pool import Pool
 PHASE = BINARYDM.training[0].model_copy(update={"iterations": 10, "batch_size": 2, "techniques": ()})
 
 
-def _source(name: str) -> Source:
-    pipeline = build(name)
-    return Source(name, pipeline)
-
-
 def prepared(name: str = "ddim", bits: float = 1.6, evolvable: bool = False) -> tuple[Student, Context, Pool]:
-    source = _source(name)
-    source.denoiser.requires_grad_(False)
-    pool = next(stream(source, images=4, batch_size=4, steps=3, seed=0))
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    pool = next(stream(given, images=4, batch_size=4, steps=3, seed=0))
     method = BINARYDM.model_copy(update={"weights": BinaryWeights(evolvable=evolvable)})
-    student = prepare(source.denoiser, pool, method, weight_bits=bits, activation_bits=4)
-    return student, student.context(source.denoiser, pool, Path(), seed=0), pool
+    student = prepare(given.denoiser, pool, method, weight_bits=bits, activation_bits=4)
+    return student, student.context(given.denoiser, pool, Path(), seed=0), pool
 
 
 def unit_of(context: Context, technique: Technique | None = None, phase: Phase = PHASE) -> Unit:
@@ -428,7 +423,7 @@ def test_data_is_a_folder_of_pictures_and_mosaics(mosaics: Path, tmp_path: Path)
 def test_binarydm_beats_plain_binarization() -> None:
     """Equal iterations on recorded trajectories, error on others: untrained > single basis, plain loss > BinaryDM."""
     trajectories = prepared()[2]
-    unseen = next(stream(_source("ddim"), images=8, batch_size=8, steps=4, seed=9))
+    unseen = next(stream(source("ddim"), images=8, batch_size=8, steps=4, seed=9))
     phase = PHASE.model_copy(
         update={
             "iterations": 40,

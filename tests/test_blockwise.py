@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import build
+from pipelines import source
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, run
@@ -21,7 +21,7 @@ from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import TrainingState, finetune
-from bitstep.stages.load import Source, load
+from bitstep.stages.load import load
 from bitstep.stages.prepare import prepare
 from bitstep.trajectories.pool import Pool
 from bitstep.trajectories.rows import Rows
@@ -32,10 +32,9 @@ PHASE = DILATEQUANT.training[0].model_copy(update={"batch_size": 3, "iterations"
 
 @functools.cache
 def recorded(name: str) -> tuple[nn.Module, Pool]:
-    pipeline = build(name)
-    source = Source(name, pipeline)
-    source.denoiser.requires_grad_(False)
-    return source.denoiser, next(stream(source, images=2, batch_size=2, steps=3, seed=0))
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    return given.denoiser, next(stream(given, images=2, batch_size=2, steps=3, seed=0))
 
 
 def context_of(teacher: nn.Module, pool: Pool, folder: Path, method: Method = DILATEQUANT, bits: int = 4) -> Context:
@@ -62,7 +61,7 @@ def test_a_student_that_rounds_nothing_has_nothing_to_learn(name: str, tmp_path:
 
 
 def test_a_single_recorded_call_is_enough(tmp_path: Path) -> None:
-    teacher = Source("ddim", build("ddim"))
+    teacher = source("ddim")
     pool = next(stream(teacher, images=1, batch_size=1, steps=1, seed=0))
     unit, *_ = units_of(context_of(teacher.denoiser, pool, tmp_path))
     assert float(unit.loss(0).detach()) > 0

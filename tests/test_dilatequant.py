@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import build
+from pipelines import source
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import run
@@ -18,7 +18,6 @@ from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
-from bitstep.stages.load import Source
 from bitstep.stages.prepare import prepare
 from bitstep.stages.rewrite import scales_of
 
@@ -125,12 +124,11 @@ def test_smoothing_shares_the_ranges_of_input_and_weight() -> None:
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit"])
 def test_norms_that_only_rewritten_layers_read_take_the_reciprocals(name: str) -> None:
     """Exactly: the student that rounds nothing is the teacher."""
-    pipeline = build(name)
-    source = Source(name, pipeline)
-    source.denoiser.requires_grad_(False)
-    pool = next(stream(source, images=2, batch_size=2, steps=3, seed=0))
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    pool = next(stream(given, images=2, batch_size=2, steps=3, seed=0))
     method = DILATEQUANT.model_copy(update={"rewrites": (Smoothing(), Dilation())})
-    student = prepare(source.denoiser, pool, method, weight_bits=4, activation_bits=4)
+    student = prepare(given.denoiser, pool, method, weight_bits=4, activation_bits=4)
     readers = [reader for names in student.rewritten.folded.values() for reader in names]
     assert all(student.layers[reader].channel_reciprocal is None for reader in readers)
     projections = {"to_q", "to_k", "to_v"}

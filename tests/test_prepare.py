@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
-from pipelines import build
+from pipelines import source
 
 from bitstep.denoiser.attention import attend, intercept
 from bitstep.denoiser.calls import run
@@ -22,12 +22,10 @@ from bitstep.stages.ranges import VALUES_PER_STEP, observe
 from bitstep.trajectories.pool import Pool
 
 
-def source(name: str) -> Source:
-    pipeline = build(name)
-    pipeline.set_progress_bar_config(disable=True)
-    found = Source(name, pipeline)
-    found.denoiser.requires_grad_(False).eval()
-    return found
+def frozen(name: str) -> Source:
+    given = source(name)
+    given.denoiser.requires_grad_(False)
+    return given
 
 
 def prepared(teacher: Source, recipe: str, bits: str, *overrides: str) -> tuple[Student, Pool]:
@@ -58,7 +56,7 @@ def packed_error(student: Student, pool: Pool) -> float:
     ],
 )
 def test_packed_equals_the_student_under_rules(recipe: str, bits: str, rule: str) -> None:
-    student, pool = prepared(source("ddim"), recipe, bits, f"layers.rules=[{rule}]")
+    student, pool = prepared(frozen("ddim"), recipe, bits, f"layers.rules=[{rule}]")
     assert packed_error(student, pool) == 0
 
 
@@ -93,18 +91,18 @@ def test_probabilities_reach_from_nothing_to_the_largest(recipe: str) -> None:
 
 def test_attention_in_floating_point_stays_so_whatever_rules_say_of_layers() -> None:
     rule = "layers.rules=[{match: mid_block.*, activation_bits: 8}]"
-    assert not prepared(source("ddim"), "dilatequant", "W4A32", rule)[0].plan.attention
-    assert prepared(source("ddim"), "dilatequant", "W4A4", rule)[0].plan.attention[0].bits == 4
+    assert not prepared(frozen("ddim"), "dilatequant", "W4A32", rule)[0].plan.attention
+    assert prepared(frozen("ddim"), "dilatequant", "W4A4", rule)[0].plan.attention[0].bits == 4
 
 
 def test_where_rounding_is_learned_weights_are_not() -> None:
-    student, _ = prepared(source("ddim"), "adaround", "W4A4")
+    student, _ = prepared(frozen("ddim"), "adaround", "W4A4")
     layer = student.layers["mid_block.resnets.0.conv1"]
     assert {name for name, p in layer.weight_quantizer.named_parameters() if p.requires_grad} == {"rounding"}
 
 
 def test_timesteps_may_be_any_numbers() -> None:
-    teacher = source("stable_diffusion")
+    teacher = frozen("stable_diffusion")
     teacher.pipeline.scheduler = EDMEulerScheduler(num_train_timesteps=1000)  # logarithms of noise levels
     student, pool = prepared(teacher, "efficientdm", "W4A4")
     assert pool.timesteps[0] < -1
@@ -114,7 +112,7 @@ def test_timesteps_may_be_any_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "stable_diffusion"])
 def test_ranges_do_not_depend_on_how_many_trajectories_run_at_a_time(name: str) -> None:
-    teacher = source(name)
+    teacher = frozen(name)
     pool = next(stream(teacher, images=3, batch_size=3, steps=2, seed=0))
     layers = [n for n, m in teacher.denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][1:]
     together, apart = (observe(teacher.denoiser, pool, layers, images=3, batch_size=size) for size in (3, 2))
@@ -127,7 +125,7 @@ def test_ranges_do_not_depend_on_how_many_trajectories_run_at_a_time(name: str) 
 
 
 def test_adapters_start_from_the_seed_and_their_layer_alone() -> None:
-    teacher = source("ddim")
+    teacher = frozen("ddim")
     pool = next(stream(teacher, images=2, batch_size=2, steps=3, seed=0))
 
     def starts(seed: int, *overrides: str) -> dict[str, torch.Tensor]:

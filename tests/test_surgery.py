@@ -6,27 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS, source
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.errors import UsageError
 from bitstep.stages.calibrate import stream
-from bitstep.stages.load import Source
 from bitstep.surgery import Plan, Rule, check_rules, plan
 
 
-def _source(name: str) -> Source:
-    pipeline = build(name)
-    pipeline.set_progress_bar_config(disable=True)
-    return Source(name, pipeline)
-
-
 def _traced(name: str) -> tuple[nn.Module, Structure]:
-    source = _source(name)
-    pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
-    return source.denoiser, trace(source.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
+    given = source(name)
+    pool = next(stream(given, images=2, batch_size=2, steps=2, seed=0))
+    return given.denoiser, trace(given.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
 
 
 def _plan(denoiser: nn.Module, structure: Structure, **changes: Any) -> Plan:
@@ -91,14 +84,14 @@ def test_later_rules_win_and_unmatched_rules_are_errors() -> None:
 
 
 def test_a_layer_that_cannot_be_handled_is_left_alone_with_the_reason() -> None:
-    source = _source("ddim")
-    old = source.denoiser.get_submodule("conv_in")
+    given = source("ddim")
+    old = given.denoiser.get_submodule("conv_in")
     assert isinstance(old, nn.Conv2d)
     reflecting = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, padding_mode="reflect")
-    source.denoiser.set_submodule("conv_in", reflecting)
-    pool = next(stream(source, images=2, batch_size=2, steps=2, seed=0))
-    structure = trace(source.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
-    assert "reflect" in _plan(source.denoiser, structure).left_alone["conv_in"]
+    given.denoiser.set_submodule("conv_in", reflecting)
+    pool = next(stream(given, images=2, batch_size=2, steps=2, seed=0))
+    structure = trace(given.denoiser, pool.batch(pool.split(pool.indices_at(0), 2)[0])[0])
+    assert "reflect" in _plan(given.denoiser, structure).left_alone["conv_in"]
 
 
 class _AsksForADtype(nn.Module):
