@@ -209,7 +209,7 @@ def tiling_of(rows: int, out: int, steps: int, processors: int) -> Tiling:
 
     A tensor core is fed best by tiles of 64 by 128. Narrower ones, and programs that share the steps of a sum (eight
     steps each at the least, two and a half programs a processor at the most), give every processor something to do.
-    Measured (benchmarks/gpu.py tilings): 1.03 times the time of the best of 120 tilings, 1.11 at the worst.
+    Measured (benchmarks/gpu_tilings.py): 1.03 times the time of the best of 120 tilings, 1.11 at the worst.
     """
     for height, width in ((64, 128), (128, 64), (64, 64)):
         programs, splits = _blocks(rows, height) * _blocks(out, width), 1
