@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from bitstep.denoiser.steps import StepGrid
-    from bitstep.surgery import Plan
+    from bitstep.planning import Plan
 
 RESULTS = ROOT / "benchmarks/results/cpu.json"
 DOCUMENT = ROOT / "docs/performance.md"
@@ -142,11 +142,11 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
 
 def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int) -> Plan:
     """The bits that ``bitstep quantize`` gives every layer; a pass with ``inputs`` shows which layer is which."""
-    from bitstep import surgery
     from bitstep.denoiser.calls import Call
     from bitstep.denoiser.structure import trace
+    from bitstep.planning import plan_layers
 
-    return surgery.plan(
+    return plan_layers(
         model,
         trace(model, Call(inputs)),
         weight_bits=weight_bits,

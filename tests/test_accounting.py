@@ -16,8 +16,8 @@ from packed import random_layer
 from bitstep.checkpoint import pack_model
 from bitstep.denoiser.calls import Call
 from bitstep.denoiser.structure import Structure, trace
+from bitstep.planning import LayerPlan, Plan, add_bases, plan_layers
 from bitstep.stages.inspect import inspect
-from bitstep.surgery import LayerPlan, Plan, add_bases, plan
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "accounting.md").read_text()
 MEBIBYTE = 2**20
@@ -50,7 +50,7 @@ def traced() -> tuple[UNet2DModel, Structure]:
 
 def binary_plan() -> Plan:
     unet, structure = traced()
-    return plan(unet, structure, weight_bits=1, activation_bits=4, coverage="full")
+    return plan_layers(unet, structure, weight_bits=1, activation_bits=4, coverage="full")
 
 
 def papers_placement(decided: Plan) -> Plan:

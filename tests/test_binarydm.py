@@ -30,6 +30,7 @@ from bitstep.methods.binarydm import (
 )
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.numerics.lowrank import principal_basis
+from bitstep.planning import add_bases
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import WeightQuantizer
@@ -40,7 +41,6 @@ from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import load
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import read
-from bitstep.surgery import add_bases
 from bitstep.trajectories.images import TrainingImages, enlargement
 from bitstep.trajectories.pool import Pool
 

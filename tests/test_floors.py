@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("numerics", "metrics"),
     ("denoiser",),
     ("trajectories", "quantizers"),
-    ("surgery",),
+    ("planning",),
     ("methods",),
     ("stages",),
     ("recipe", "run_folder"),

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError
 from bitstep.errors import UsageError
 from bitstep.methods import METHODS, named
 from bitstep.methods.base import Effort, Method
+from bitstep.planning import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 from bitstep.slots import Slot, nearest
-from bitstep.surgery import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)A(\d+)")
 

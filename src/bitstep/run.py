@@ -16,6 +16,7 @@ from bitstep.arguments import as_list
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
+from bitstep.planning import check_rules
 from bitstep.progress import SILENT, Reporter
 from bitstep.recipe import Recipe, resolve
 from bitstep.run_folder import RunFolder
@@ -29,7 +30,6 @@ from bitstep.stages.precondition import check_preconditionable, precondition
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
-from bitstep.surgery import check_rules
 from bitstep.trajectories.images import TrainingImages, enlargement, unconditional
 
 SAVE_EVERY_SECONDS = 60.0

@@ -24,9 +24,9 @@ from bitstep.methods.base import (
 )
 from bitstep.methods.objectives.blockwise import BlockwiseDistillation
 from bitstep.numerics.uniform import RangeMethod
+from bitstep.planning import LayerPlan
 from bitstep.quantizers.rounding import AdaRoundWeight, relaxed, rounding_penalty
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
-from bitstep.surgery import LayerPlan
 
 
 class AdaRoundWeights(Weights):

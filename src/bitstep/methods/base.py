@@ -24,12 +24,12 @@ from bitstep.denoiser.calls import Call
 from bitstep.denoiser.steps import StepCursor
 from bitstep.denoiser.structure import Block, Structure, blocks
 from bitstep.numerics.uniform import RangeMethod
+from bitstep.planning import Coverage, LayerPlan, Plan, Rule
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, MergedLoRA, UniformWeight, WeightQuantizer, WeightSource
 from bitstep.randomness import generator
 from bitstep.slots import Slot, Variant
-from bitstep.surgery import Coverage, LayerPlan, Plan, Rule
 from bitstep.trajectories.images import TrainingImages
 from bitstep.trajectories.pool import Pool
 

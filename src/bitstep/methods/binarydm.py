@@ -39,11 +39,11 @@ from bitstep.methods.base import (
 )
 from bitstep.methods.objectives.diffusion import DiffusionLoss
 from bitstep.numerics.lowrank import principal_basis
+from bitstep.planning import LayerPlan, Plan, add_bases, add_bits
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
-from bitstep.surgery import LayerPlan, Plan, add_bases, add_bits
 
 Share = Annotated[float, Field(ge=0, le=1)]
 EVOLVABLE = 0.1

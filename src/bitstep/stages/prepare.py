@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from bitstep.denoiser.structure import Structure, trace
 from bitstep.methods.base import Context, Errors, Method, UniformWeights
 from bitstep.numerics.dilation import stretched
 from bitstep.numerics.uniform import RangeMethod
+from bitstep.planning import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, plan_layers
 from bitstep.progress import Progress, silent
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
@@ -27,7 +28,6 @@ from bitstep.quantizers.layers import FakeQuantized
 from bitstep.stages.ranges import Observed, observe
 from bitstep.stages.rewrite import Rewritten, fold, rewrite
 from bitstep.stages.weight_errors import weight_errors
-from bitstep.surgery import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, operate, plan
 from bitstep.trajectories.pool import Pool
 
 
@@ -82,29 +82,44 @@ def prepare(
     device = next(teacher.parameters()).device
     structure = trace(teacher, pool.batch(pool.indices_at(0)[:1])[0].to(device))
     errors = partial(_errors, teacher, pool, method, importance, progress)
-    decided = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
+    plan = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
     weight_only = activation_bits == WEIGHT_ONLY_BITS and method.rewrites
-    names = [layer.name for layer in decided.layers if layer.activation_bits is not None or weight_only]
-    sites = [site.name for site in decided.attention]
+    names = [layer.name for layer in plan.layers if layer.activation_bits is not None or weight_only]
+    sites = [site.name for site in plan.attention]
     observed = {}
     if names or sites:
         amount = {"images": method.calibration.range_images, "batch_size": method.calibration.batch_size}
         observed = observe(teacher, pool, names, attention=sites, progress=progress, **amount)
-        decided = _with_known_attention(decided, observed)
+        plan = _with_known_attention(plan, observed)
     rewritten = rewrite(teacher, structure, method.rewrites, observed)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
     student = copy.deepcopy(teacher)
     builder = _Builder(method, seed, cursor, observed, rewritten)
-    layers = operate(student, decided, builder.layer)
+    layers = _replace_layers(student, plan, builder.layer)
     for norm, readers in rewritten.folded.items():
         fold(student.get_submodule(norm), rewritten.scales[readers[0]])
     attention = {}
-    for site in decided.attention:
+    for site in plan.attention:
         attention[site.name] = builder.attention(site).to(device)
         intercept(student.get_submodule(site.name), partial(attend, attention[site.name]))
     cursor.attach(student)
-    return Student(student, layers, decided, structure, cursor, attention, rewritten)
+    return Student(student, layers, plan, structure, cursor, attention, rewritten)
+
+
+def _replace_layers(
+    denoiser: nn.Module, plan: Plan, build: Callable[[LayerPlan, nn.Module], FakeQuantized]
+) -> dict[str, FakeQuantized]:
+    """Replace every planned layer of ``denoiser`` by ``build(its plan, the layer)``; everything else stops training."""
+    denoiser.requires_grad_(False)
+    layers = {}
+    for layer in plan.layers:
+        quantized = build(layer, denoiser.get_submodule(layer.name))
+        if not layer.trained:
+            quantized.requires_grad_(False)
+        denoiser.set_submodule(layer.name, quantized)
+        layers[layer.name] = quantized
+    return layers
 
 
 def _with_known_attention(plan: Plan, observed: Mapping[str, Observed]) -> Plan:
@@ -119,7 +134,7 @@ def _decide(
     teacher: nn.Module, structure: Structure, method: Method, weight_bits: float, activation_bits: int, errors: Errors
 ) -> Plan:
     """What becomes of every layer, and of attention."""
-    decided = plan(
+    plan = plan_layers(
         teacher,
         structure,
         weight_bits=method.weights.layer_bits(weight_bits),
@@ -127,10 +142,10 @@ def _decide(
         coverage=method.layers.coverage,
         rules=method.layers.rules,
     )
-    decided = method.weights.refine(decided, structure, weight_bits, errors)
+    plan = method.weights.refine(plan, structure, weight_bits, errors)
     if not method.attention.quantized or activation_bits == WEIGHT_ONLY_BITS:
-        return decided
-    return add_attention(decided, structure, bits=activation_bits, probability_bits=method.attention.probability_bits)
+        return plan
+    return add_attention(plan, structure, bits=activation_bits, probability_bits=method.attention.probability_bits)
 
 
 def _errors(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import Call
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.errors import UsageError
+from bitstep.planning import Plan, Rule, check_rules, plan_layers
 from bitstep.stages.calibrate import stream
-from bitstep.surgery import Plan, Rule, check_rules, plan
 
 
 def _traced(name: str) -> tuple[nn.Module, Structure]:
@@ -24,7 +24,7 @@ def _traced(name: str) -> tuple[nn.Module, Structure]:
 
 def _plan(denoiser: nn.Module, structure: Structure, **changes: Any) -> Plan:
     settings: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "coverage": "full"}
-    return plan(denoiser, structure, **(settings | changes))
+    return plan_layers(denoiser, structure, **(settings | changes))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,4 +1,4 @@
-"""Which layer gets how many bits, and the replacement of the layers by fake-quantized ones.
+"""Which layer gets how many bits.
 
 A plan is made of rules over the layers that :mod:`bitstep.denoiser.structure` found by running the denoiser: first the
 policy's own (sensitive layers at 8 bits, the named coverage), then the user's globs, later rules winning over earlier
@@ -7,7 +7,7 @@ ones. A rule that matches no layer is an error: a setting that silently does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -19,7 +19,6 @@ from bitstep.denoiser.layers import QUANTIZABLE, refusal, weight_of
 from bitstep.denoiser.structure import LayerInfo, Structure
 from bitstep.errors import UsageError
 from bitstep.numerics.allocation import allocate
-from bitstep.quantizers.layers import FakeQuantized
 from bitstep.slots import Slot
 
 SENSITIVE_BITS = 8
@@ -106,7 +105,7 @@ Coverage = Literal["full", "efficientdm"]
 _NOTHING_LEFT = "no layer is left to quantize: every layer is skipped by a rule or refused"
 
 
-def plan(
+def plan_layers(
     denoiser: nn.Module,
     structure: Structure,
     *,
@@ -249,21 +248,6 @@ def add_bits(
     }
     chosen = {name: choices[name][place] for name, place in allocate(priced, room).items()}
     return replace(plan, layers=tuple(chosen.get(layer.name, layer) for layer in plan.layers))
-
-
-def operate(
-    denoiser: nn.Module, plan: Plan, build: Callable[[LayerPlan, nn.Module], FakeQuantized]
-) -> dict[str, FakeQuantized]:
-    """Replace every planned layer of ``denoiser`` by ``build(its plan, the layer)``; everything else stops training."""
-    denoiser.requires_grad_(False)
-    layers = {}
-    for layer in plan.layers:
-        quantized = build(layer, denoiser.get_submodule(layer.name))
-        if not layer.trained:
-            quantized.requires_grad_(False)
-        denoiser.set_submodule(layer.name, quantized)
-        layers[layer.name] = quantized
-    return layers
 
 
 def _outside_paper_coverage(name: str, module: nn.Module, structure: Structure) -> str | None:
