@@ -8,7 +8,7 @@ forward pass is fused. What the subclass does not know (a mask, a hook on a laye
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU, GELU
@@ -146,6 +146,18 @@ class FusedAttention(Attention):  # type: ignore[misc]
         return _run(self.to_out[0], mixed, gain=gain, residual=residual)
 
 
+class _Modulation(NamedTuple):
+    """Of adaptive layer normalization, each ``[batch, channels]``: what is added after it, its gain, and the gate of
+    what it feeds."""
+
+    shift: Tensor | None
+    gain: Tensor | None
+    gate: Tensor | None
+
+
+_PLAIN = _Modulation(None, None, None)
+
+
 class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     """Self-attention, cross-attention and feed-forward, with plain or adaptive (zero) layer normalization."""
 
@@ -198,31 +210,32 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
                 added_cond_kwargs,
             )
         x = hidden_states.contiguous()[:, None]
-        gate_attention = gate_feed = gain = shift = None
-        if self.norm_type == "ada_norm_zero":
-            norm = self.norm1
-            embedding: Any = (
-                norm.emb(timestep, class_labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
-            )
-            # scales are gains less 1
-            one = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.float32).repeat_interleave(x.shape[-1])
-            rows = _project(norm.linear, embedding, norm.silu, one).expand(len(x), -1).chunk(6, dim=1)
-            shift, gain, gate_attention, *late = (row.contiguous() for row in rows)
-            before = _layer_norm(norm.norm, gain, shift)
-            shift, gain, gate_feed = late
-        else:
-            before = _layer_norm(self.norm1)
-        x = self.attn1.attend(x, before, gain=gate_attention, residual=x)
+        adaptive = self.norm_type == "ada_norm_zero"
+        early, late = self._modulations(x, timestep, class_labels) if adaptive else (_PLAIN, _PLAIN)
+        norm1 = self.norm1.norm if adaptive else self.norm1
+        x = self.attn1.attend(x, _layer_norm(norm1, early.gain, early.shift), gain=early.gate, residual=x)
         if self.attn2 is not None:
             x = self.attn2.attend(x, _layer_norm(self.norm2), context=encoder_hidden_states, residual=x)
-        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, gain, shift)), None
+        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, late.gain, late.shift)), None
         if isinstance(project, GEGLU):
             activate = Before(activation="geglu")
         elif project.approximate == "tanh":
             activate = Before(activation="gelu")
         else:
             hidden = F.gelu(hidden)
-        return _run(out, hidden, activate, gain=gate_feed, residual=x)[:, 0]
+        return _run(out, hidden, activate, gain=late.gate, residual=x)[:, 0]
+
+    def _modulations(
+        self, x: Tensor, timestep: Tensor | None, labels: Tensor | None
+    ) -> tuple[_Modulation, _Modulation]:
+        """Of attention and of the feed-forward."""
+        norm = self.norm1
+        embedding: Any = norm.emb(timestep, labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
+        # scales are gains less 1
+        one = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.float32).repeat_interleave(x.shape[-1])
+        rows = _project(norm.linear, embedding, norm.silu, one).expand(len(x), -1).chunk(6, dim=1)
+        early, late = rows[:3], rows[3:]
+        return _Modulation(*map(Tensor.contiguous, early)), _Modulation(*map(Tensor.contiguous, late))
 
     def _between(self) -> list[nn.Module | None]:
         """The modules that do not run, or only parts of them, when the block does."""
