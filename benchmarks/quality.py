@@ -35,7 +35,8 @@ from torch import Tensor
 
 import bitstep
 from bitstep.files import replacing
-from bitstep.methods import METHODS
+from bitstep.methods import BEST, METHODS
+from bitstep.methods.best import BEST_ADAPTERS
 from bitstep.metrics import frechet_distance, psnr, ssim
 from bitstep.recipe import parse_bits
 from bitstep.stages.features import extract, load_features
@@ -322,7 +323,8 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     if row["recipe"] == FULL_PRECISION:
         return ()
     weight, activation = parse_bits(row["bits"])
-    recipe = [*METHODS, row["recipe"]].index(row["recipe"])
+    name = BEST_ADAPTERS.name if row["recipe"] == BEST else row["recipe"]
+    recipe = [*METHODS, name].index(name)
     return -weight, -activation, recipe, row["effort"], row["data"] or "", row["overrides"], row["seed"]
 
 

@@ -17,8 +17,7 @@ from bitstep.recipe import parse_bits, resolve
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("effort", ["quick", "standard", "full"])
 def test_every_method_resolves_at_every_effort(name: str, effort: str) -> None:
-    bits = "W8A8" if name == "best" else some_bits(METHODS[name])  # which at others has other names
-    method = resolve(name, bits, effort).method  # type: ignore[arg-type]
+    method = resolve(name, some_bits(METHODS[name]), effort).method  # type: ignore[arg-type]
     assert (method.name, method.efforts) == (name, {})
 
 
@@ -31,13 +30,13 @@ def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: best\ncalibration: {images: 8}\n")
     for bits in ("W6A6", "W8A8"):
-        assert resolve("best", bits, "full").method.name == "best"
+        assert resolve("best", bits, "full").method.name == "best-adapters"
     for name, some in {"best-binary": ("W1A4", "W1.1A4", "W2A8"), "best-blocks": ("W3A8", "W4A4", "W4A32")}.items():
         for bits in some:
             wins = resolve(name, bits, "full")
             assert resolve("best", bits, "full") == wins
             assert resolve(path, bits, "full").method.weights == wins.method.weights
-    assert resolve("best", "W4A4", "quick").method.name == "best"  # no time for every block
+    assert resolve("best", "W4A4", "quick").method.name == "best-adapters"  # no time for every block
     assert resolve("best", "W2A8", "quick").method.name == "best-binary"
 
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bitstep.errors import UsageError
-from bitstep.methods import METHODS, named
+from bitstep.methods import NAMES, method_named
 from bitstep.methods.base import Effort, Method
 from bitstep.planning import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 from bitstep.slots import Slot, nearest
@@ -79,11 +79,11 @@ def parse_bits(bits: str) -> tuple[float, int]:
 
 
 def _from_name(name: Any, weight_bits: float, activation_bits: int, effort: Effort) -> dict[str, Any]:
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str) or name not in NAMES:
         raise UsageError(
-            f"unknown recipe {name!r}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}, or a .yaml file"
+            f"unknown recipe {name!r}{nearest(str(name), NAMES)}; known: {', '.join(NAMES)}, or a .yaml file"
         )
-    settings: dict[str, Any] = named(name, weight_bits, activation_bits, effort).model_dump(mode="json")
+    settings: dict[str, Any] = method_named(name, weight_bits, activation_bits, effort).model_dump(mode="json")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""What works best together, by width.
+"""What works best together, by width; ``best`` stands for the one that wins (:func:`bitstep.methods.method_named`).
 
 Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights, and four
 bits for both: DilateQuant, the last blocks trained together in the end, and such an output; at the quick effort, which
@@ -15,8 +15,8 @@ from bitstep.methods.efficientdm import EFFICIENTDM
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
 
-BEST = EFFICIENTDM.model_copy(
-    update={"name": "best", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
+BEST_ADAPTERS = EFFICIENTDM.model_copy(
+    update={"name": "best-adapters", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
 )
 
 BEST_BLOCKS = DILATEQUANT.model_copy(

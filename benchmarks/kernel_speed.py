@@ -1,6 +1,6 @@
 """What part of the processor's arithmetic each native kernel reaches, one by one, in one thread.
 
-    python benchmarks/kernels.py    # writes benchmarks/results/kernels.json and the table of docs/performance.md
+    python benchmarks/kernel_speed.py    # writes benchmarks/results/kernels.json and the table of docs/performance.md
 
 The peak is measured too, by a loop of nothing but byte dot products on registers, compiled on the spot with ``cc``.
 Times are the least of many calls, in processor time of the thread, so that other work on the machine costs little.
