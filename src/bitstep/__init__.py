@@ -1,6 +1,6 @@
 """Few-bit diffusion models: quantize, pack, sample.
 
-The verbs of the command line are functions of this package, and after ``import bitstep`` plain
+The verbs of the command line, but for its demo, are functions of this package, and after ``import bitstep`` plain
 ``DiffusionPipeline.from_pretrained`` loads packed folders. Both wait until they are used: PyTorch is slow to import.
 """
 
