@@ -60,15 +60,8 @@ class Convolution:
         assert problem.activation_bits is not None
         self.op = problem.op
         table = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS and native.has_tables()
-        kernel, stride, dilation, padding = (
-            _plane(*pair)
-            for pair in (
-                (problem.kernel_size, 1),
-                (problem.stride, 1),
-                (problem.dilation, 1),
-                (problem.padding, 0),
-            )
-        )
+        image = problem.over_images()
+        kernel, stride, dilation, padding = image.kernel_size, image.stride, image.dilation, image.padding
         self.granule = 16 if table else 4
         self.padding = padding
         self.reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
@@ -251,7 +244,7 @@ class Columns:
     scale: Tensor
 
 
-def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) -> Columns:
+def pack_columns(weight: QuantizedWeight, kernel: tuple[int, ...], table: bool) -> Columns:
     """Re-lay a weight out in columns of 16 output channels; ``table`` makes its signs indices into tables."""
     bases, out, _ = weight.codes.shape
     codes = weight.codes.reshape(bases, out, -1, *kernel)
@@ -289,7 +282,7 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, int], table: bool) 
     )
 
 
-def unpack_columns(columns: Columns, shape: tuple[int, int, int], kernel: tuple[int, int], table: bool) -> Tensor:
+def unpack_columns(columns: Columns, shape: tuple[int, int, int], kernel: tuple[int, ...], table: bool) -> Tensor:
     """The codes, uint8 ``[bases, out, n]`` = ``shape``, that :func:`pack_columns` re-laid."""
     bases, out, length = shape
     share, granules = 8 // columns.bits, -(-length // prod(kernel) // (16 if table else 4))
@@ -328,12 +321,6 @@ def _join(parts: Sequence[Tensor], bits: int) -> Tensor:
     for i, part in enumerate(parts[1:], start=1):
         joined += part << bits * i
     return joined
-
-
-def _plane(values: tuple[int, ...], missing: int) -> tuple[int, int]:
-    """Per-dimension values of a linear layer or a 1d convolution as those of a plane of height 1."""
-    height, width = (missing,) * (2 - len(values)) + values
-    return height, width
 
 
 def _round_up(value: int, multiple: int) -> int:

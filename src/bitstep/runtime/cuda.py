@@ -58,12 +58,9 @@ class _Product:
         assert problem.activation_bits is not None
         self._op, self._channels, self._out = problem.op, problem.in_channels, problem.out_channels
         self._top = levels(problem.activation_bits) - 1
-        # every layer is a convolution over images; one along an axis, and a linear layer, have a height of 1
-        flat = 2 - len(problem.kernel_size)
-        self._kernel = (1,) * flat + problem.kernel_size
-        self._stride = (1,) * flat + problem.stride
-        self._padding = (0,) * flat + problem.padding
-        self._dilation = (1,) * flat + problem.dilation
+        image = problem.over_images()
+        self._kernel, self._stride = image.kernel_size, image.stride
+        self._padding, self._dilation = image.padding, image.dilation
         self._tile = _tile_of(problem.in_channels)
         self._padded_channels = _blocks(problem.in_channels, self._tile) * self._tile
         self._steps = prod(self._kernel) * self._padded_channels // self._tile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, Protocol, runtime_checkable
 
@@ -45,6 +45,18 @@ class Problem:
     activation_bits: int | None
     channel_reciprocal: bool
     device: str
+
+    def over_images(self) -> Problem:
+        """The same problem with two spatial dimensions: a convolution along one axis is over images of height 1, a
+        linear layer over images of one pixel."""
+        flat = 2 - len(self.kernel_size)
+        return replace(
+            self,
+            kernel_size=(1,) * flat + self.kernel_size,
+            stride=(1,) * flat + self.stride,
+            padding=(0,) * flat + self.padding,
+            dilation=(1,) * flat + self.dilation,
+        )
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,10 @@ def _linear(tensors: LayerTensors) -> Multiply:
 def _convolution(problem: Problem, tensors: LayerTensors) -> Multiply:
     scale, no_offset = tensors.weight.scale[0].contiguous(), _no_offset(tensors.weight)
     signed, bias = _signed(tensors.weight), tensors.bias
-    flat = problem.op == "conv1d"  # a convolution along one axis is one over images of height 1
-    stride, padding, dilation = problem.stride, problem.padding, problem.dilation
+    flat, over_images = problem.op == "conv1d", problem.over_images()
     if flat:
-        signed, stride, padding, dilation = signed.unsqueeze(2), (1, *stride), (0, *padding), (1, *dilation)
-    geometry = (stride, padding, dilation, problem.groups)
+        signed = signed.unsqueeze(2)
+    geometry = (over_images.stride, over_images.padding, over_images.dilation, problem.groups)
     weight = torch.ops.onednn.qconv_prepack(signed, scale, 1.0, 0, *geometry, None)
 
     def multiply(codes: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
