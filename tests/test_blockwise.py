@@ -23,8 +23,8 @@ from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import TrainingState, finetune
 from bitstep.stages.load import load
 from bitstep.stages.prepare import prepare
+from bitstep.trajectories.block_calls import BlockCalls
 from bitstep.trajectories.pool import Pool
-from bitstep.trajectories.rows import Rows
 
 FAST = LearningRates(weight=0.1, weight_scale=5e-3, activation_scale=2e-2, activation_zero_point=5e-2)
 PHASE = DILATEQUANT.training[0].model_copy(update={"batch_size": 3, "iterations": 4})
@@ -115,7 +115,7 @@ def test_rows_come_back_whatever_their_batch_dimension(tmp_path: Path) -> None:
 
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "9.bin").write_bytes(b"of the block before")
-    rows = Rows(tmp_path / "block", call(range(1)), call(range(2)))
+    rows = BlockCalls(tmp_path / "block", call(range(1)), call(range(2)))
     assert not (tmp_path / "block" / "9.bin").exists()
     for start in range(0, 6, 2):
         rows.append(call(range(start, start + 2)))

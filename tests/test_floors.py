@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src"
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("arguments", "files", "library", "progress", "randomness", "slots"),
-    ("numerics", "metrics"),
-    ("denoiser",),
-    ("trajectories", "quantizers"),
-    ("planning",),
-    ("methods",),
-    ("stages",),
-    ("recipe", "run_folder"),
-    ("run",),
-    ("api", "registration"),
-    ("cli", "__init__"),
-    ("__main__",),
-)
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
 BESIDE = ("runtime", "checkpoint")  # lean on what knows no training; the stages may use them
+
+
+def drawn() -> list[list[str]]:
+    """The floors as the page draws them: a number where one begins, a name at the same place in every line of it."""
+    floors: list[list[str]] = []
+    for number, name in re.findall(
+        r"^ {4}( \d|\d\d|  )  (\w+)(?:\.py|/) ", (ROOT / "docs" / "design.md").read_text(), re.M
+    ):
+        if number.strip():
+            assert int(number) == len(floors)
+            floors.append([])
+        floors[-1].append(name)
+    return [[name for name in names if name not in BESIDE] for names in floors]
+
+
+FLOORS = [*drawn(), ["__init__"], ["__main__"]]
 FILES = sorted((SOURCE / "bitstep").rglob("*.py"))
 
 

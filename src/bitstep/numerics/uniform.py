@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitstep.numerics import rows
+from bitstep.numerics import native
 
 RangeMethod = Literal["minmax", "mse", "lsq"]
 
@@ -59,22 +59,22 @@ def round_zero_point(zero_point: Tensor, bits: int) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Keeps x alone for the backward pass. Rows of float32 on a CPU are worked on by :mod:`bitstep.numerics.rows`."""
+    """Keeps x alone for the backward pass. Rows of float32 on a CPU are worked on by :mod:`bitstep.numerics.native`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.top = levels(bits) - 1
-        if rows.in_rows(x, scale, zero_point):
-            return rows.fake_quantize(x, scale, zero_point, ctx.top)
+        if native.in_rows(x, scale, zero_point):
+            return native.fake_quantize(x, scale, zero_point, ctx.top)
         return rounded(x, scale, zero_point, bits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, scale, zero_point = ctx.saved_tensors
-        if rows.in_rows(x, scale, zero_point):
-            return *rows.gradients(grad, x, scale, zero_point, ctx.top), None
+        if native.in_rows(x, scale, zero_point):
+            return *native.gradients(grad, x, scale, zero_point, ctx.top), None
         # In range |u - v| <= 1/2; clipped, u is the bound that the gradient equations name. Masks are floats made by
         # arithmetic: boolean masks, where and clamping to tensors take several times as long on a CPU.
         # (v is bounded where it is far out of range anyway: of a scale near 0 it would be too large to subtract from)

@@ -25,7 +25,7 @@ from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import Block
 from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.randomness import draw
-from bitstep.trajectories.rows import Rows
+from bitstep.trajectories.block_calls import BlockCalls
 
 
 class BlockwiseDistillation(Objective):
@@ -57,12 +57,12 @@ class BlockwiseDistillation(Objective):
 
 
 def _unit(block: Block, context: Context, phase: Phase, indices: Tensor, emphasis: float) -> Unit:
-    rows = _record(block.name, context, indices, phase.batch_size)
+    recorded = _record(block.name, context, indices, phase.batch_size)
     module = context.student.get_submodule(block.name)
 
     def loss(iteration: int, part: slice = ALL) -> Tensor:
-        chosen = draw(len(rows), phase.batch_size, context.seed, f"blockwise.{block.name}", iteration)[part]
-        call = context.placed(rows.batch(chosen))
+        chosen = draw(len(recorded), phase.batch_size, context.seed, f"blockwise.{block.name}", iteration)[part]
+        call = context.placed(recorded.batch(chosen))
         args, kwargs, target = (call.arguments[key] for key in ("args", "kwargs", "output"))
         with context.cursor.at(call.arguments["timestep"]):
             output = module(*args, **kwargs)
@@ -82,7 +82,7 @@ def _distance(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> Rows:
+def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> BlockCalls:
     """The student's calls of the block ``name``, beside what the teacher's block returns."""
 
     def calls(chosen: Tensor) -> Call:
@@ -91,10 +91,10 @@ def _record(name: str, context: Context, indices: Tensor, batch_size: int) -> Ro
         output = _output(context.teacher, name, call)
         return Call({"timestep": call.timestep, "args": args, "kwargs": kwargs, "output": output})
 
-    rows = Rows(context.folder / "block", calls(indices[:1]), calls(indices[[0, -1]]))
+    recorded = BlockCalls(context.folder / "block", calls(indices[:1]), calls(indices[[0, -1]]))
     for chosen in indices.split(batch_size):
-        rows.append(calls(chosen))
-    return rows
+        recorded.append(calls(chosen))
+    return recorded
 
 
 class _Reached(Exception):

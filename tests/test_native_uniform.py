@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitstep import library
-from bitstep.numerics import rows
+from bitstep.numerics import native
 from bitstep.numerics.uniform import fake_quantize, rounded
 
 pytestmark = pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
@@ -31,11 +31,11 @@ def both(
         value = fake_quantize(a, b, c, bits)
         return [value.detach(), *torch.autograd.grad(value, (a, b, c), grad)]
 
-    assert rows.in_rows(x, scale, zero_point)
-    native = computed()
+    assert native.in_rows(x, scale, zero_point)
+    fast = computed()
     with monkeypatch.context() as patched:
-        patched.setattr(rows, "in_rows", lambda *_: False)
-        return native, computed()
+        patched.setattr(native, "in_rows", lambda *_: False)
+        return fast, computed()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -51,12 +51,12 @@ def test_rows_equal_tensor_arithmetic(
         x = x.contiguous(memory_format=torch.channels_last)  # and the gradient in the other layout
     scale = (0.05 + torch.rand(one_each)) / 2 ** (bits - 2)
     zero_point = torch.randint(0, 2**bits, one_each).float()
-    native, arithmetic = both(x, scale, zero_point, bits, grad, monkeypatch)
-    assert torch.equal(native[0], arithmetic[0])
-    assert torch.equal(native[1], arithmetic[1])
-    assert native[1].stride() == x.stride()
+    fast, arithmetic = both(x, scale, zero_point, bits, grad, monkeypatch)
+    assert torch.equal(fast[0], arithmetic[0])
+    assert torch.equal(fast[1], arithmetic[1])
+    assert fast[1].stride() == x.stride()
     magnitude = grad.abs().sum() * (1 + x.abs().max() / scale.min())
-    for ours, theirs in zip(native[2:], arithmetic[2:], strict=True):
+    for ours, theirs in zip(fast[2:], arithmetic[2:], strict=True):
         assert (ours - theirs).abs().max() <= 1e-6 * magnitude
 
 
@@ -65,9 +65,9 @@ def test_ties_and_bounds_are_those_of_tensor_arithmetic(monkeypatch: pytest.Monk
     x = torch.arange(-40, 41).reshape(1, -1) / 2 * 0.1
     for zero_point in range(16):
         arguments = (x, torch.tensor([[0.1]]), torch.tensor([[float(zero_point)]]), 4, torch.ones_like(x))
-        native, arithmetic = both(*arguments, monkeypatch)
-        assert torch.equal(native[0], arithmetic[0])
-    inside = native[1] == 1
+        fast, arithmetic = both(*arguments, monkeypatch)
+        assert torch.equal(fast[0], arithmetic[0])
+    inside = fast[1] == 1
     assert torch.equal(inside, (x / 0.1 + 15 >= -0.5) & (x / 0.1 <= 0.5))
 
 
@@ -84,7 +84,7 @@ def test_sums_do_not_depend_on_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(rows.gradients(grad, x, scale, zero_point, 15))
+            found.append(native.gradients(grad, x, scale, zero_point, 15))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -103,5 +103,5 @@ def test_a_scale_along_the_last_dimension_is_none_of_rows() -> None:
 )
 def test_other_tensors_are_left_to_tensor_arithmetic(x: Tensor) -> None:
     scale, zero_point = torch.ones(2, 1, dtype=x.dtype), torch.zeros(2, 1, dtype=x.dtype)
-    assert not rows.in_rows(x, scale, zero_point)
+    assert not native.in_rows(x, scale, zero_point)
     assert fake_quantize(x, scale, zero_point, 4).shape == x.shape

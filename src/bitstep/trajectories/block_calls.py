@@ -13,7 +13,7 @@ from torch import Tensor
 from bitstep.denoiser.calls import Call
 
 
-class Rows:
+class BlockCalls:
     """Recorded calls in a folder of their own, a file per tensor, read row by row at random places: plain reads, since
     the pages of a memory-mapped file would add up to all of it.
 
