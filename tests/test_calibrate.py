@@ -14,18 +14,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
 )
-from pipelines import BUILDERS, FRAMES, build
+from pipelines import BUILDERS, FRAMES, build, source
 
 from bitstep.errors import BitstepError, UsageError
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.generate import generate, generate_batch
-from bitstep.stages.load import Source
 from bitstep.trajectories.pool import Pool, PoolWriter
-
-
-def source(name: str) -> Source:
-    pipeline = build(name)
-    return Source(name, pipeline)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS, build, source
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call, run, wrapped
@@ -28,9 +28,9 @@ GUIDANCE = {
 }
 
 
-def source(name: str) -> Source:
-    pipeline = build(name)
-    return Source(name, pipeline)
+class Scheduler:
+    def step(self, model_output: Tensor) -> Tensor:
+        return model_output
 
 
 def in_memory(name: str, guidance_scale: float | None = None) -> tuple[Source, Pool]:
@@ -79,10 +79,6 @@ def test_a_sample_may_have_a_timestep_for_every_token() -> None:
 
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
             return sample * timestep
-
-    class Scheduler:
-        def step(self, model_output: Tensor) -> Tensor:
-            return model_output
 
     denoiser, scheduler, x = Denoiser(), Scheduler(), torch.randn(2, 3)
     with Recorder(denoiser, scheduler, range(2)) as recorder:
@@ -212,10 +208,6 @@ def test_a_call_keeps_its_nested_arguments() -> None:
             assert added["embeds"] is not None
             return (self.weight * sample + added["embeds"] * scale[0] + timestep[:, None],)
 
-    class Scheduler:
-        def step(self, model_output: Tensor) -> Tensor:
-            return model_output
-
     denoiser, scheduler = Denoiser(), Scheduler()
     with Recorder(denoiser, scheduler, range(4)) as recorder, torch.no_grad():
         for timestep in (8.0, 4.0):
@@ -234,10 +226,6 @@ def test_schedulers_may_be_stepped_for_others_or_not_at_all(stepped: bool) -> No
     class Denoiser(nn.Module):
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
             return sample * timestep[:, None]
-
-    class Scheduler:
-        def step(self, model_output: Tensor) -> Tensor:
-            return model_output
 
     denoiser, scheduler, x = Denoiser(), Scheduler(), torch.randn(2, 3)
     denoiser.register_buffer("weight", torch.ones(1))
@@ -264,10 +252,6 @@ def test_a_row_by_itself_may_round_to_other_codes(packed: bool, change: float) -
                 raise BitstepError("what the kernel of attention says of such shapes")
             return (sample + text + places.sum(0)) * (1 - change * (len(sample) == 1)) + 0 * timestep[:, None]
 
-    class Scheduler:
-        def step(self, model_output: Tensor) -> Tensor:
-            return model_output
-
     denoiser, rows = Denoiser(), torch.rand(4, 3) + 1
     with Recorder(denoiser, Scheduler(), range(4)) as recorder:
         denoiser(rows, torch.full((4,), 8.0), rows, rows)
@@ -286,10 +270,6 @@ def test_calls_that_cannot_be_recorded_are_clear_errors() -> None:
     class Denoiser(nn.Module):
         def forward(self, sample: Tensor, timestep: Tensor | int, extra: object = None) -> Tensor:
             return sample
-
-    class Scheduler:
-        def step(self, model_output: Tensor) -> Tensor:
-            return model_output
 
     def recorder() -> Recorder:
         return Recorder(denoiser, Scheduler(), range(2))
