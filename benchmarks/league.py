@@ -56,6 +56,7 @@ TECHNIQUES: tuple[list[str], ...] = (
     [],
 )
 AS_LONG = ["training.0.iterations=2400"]  # the baseline's, to be compared with best-binary
+SEVENFOLD = ["training.0.batch_size=32", "training.0.iterations=2000"]  # samples, where what counts are these
 SUMMARY = (
     "lsq W4A4",
     "efficientdm W4A4",
@@ -98,6 +99,8 @@ def league(images: str) -> Iterator[tuple[str, str, list[str], str | None]]:
     yield "best-binary", "W1.1A4", [], None
     yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
     yield "binary-baseline", "W1A4", AS_LONG, images
+    yield "binary-baseline", "W1A4", SEVENFOLD, images
+    yield "binarydm", "W1.1A4", SEVENFOLD, images
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from league import AS_LONG, EVERYTHING, PUBLISHED_RATES
+from league import AS_LONG, EVERYTHING, PUBLISHED_RATES, SEVENFOLD
 from pages import markdown, put
 from quality import load_results, parser, several_seeds
 
@@ -43,6 +43,8 @@ EFFICIENTDM_QUICK = Name("efficientdm", "W4A4", "quick")
 DILATEQUANT = Name("dilatequant", "W4A4")
 BASELINE = Name("binary-baseline", "W1A4", data=IMAGES)
 BASELINE_AS_LONG = Name("binary-baseline", "W1A4", overrides=tuple(AS_LONG), data=IMAGES)
+BASELINE_SEVENFOLD = Name("binary-baseline", "W1A4", overrides=tuple(SEVENFOLD), data=IMAGES)
+BINARYDM_SEVENFOLD = Name("binarydm", "W1.1A4", overrides=tuple(SEVENFOLD), data=IMAGES)
 BINARYDM = Name("binarydm", "W1.1A4", data=IMAGES)
 WITHOUT_DATA = Name("binarydm", "W1.1A4")
 BEST_BINARY = Name("best-binary", "W1.1A4")
@@ -58,7 +60,9 @@ RATIOS = (
         for bits in ("W8A8", "W6A6", "W4A8", "W2A8")
     ),
     (BASELINE, BINARYDM, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
+    (BASELINE_SEVENFOLD, BINARYDM_SEVENFOLD, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
     (BASELINE_AS_LONG, BEST_BINARY, DISTANCE, ""),
+    (BASELINE_SEVENFOLD, BEST_BINARY, DISTANCE, ""),
     (BINARYDM, WITHOUT_DATA, DISTANCE, ""),
 )
 
