@@ -26,7 +26,7 @@ test-native-asan: $(READY)
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 BITSTEP_NATIVE_LIBRARY=$(SANITIZED)/bitstep_cpu.so \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_native.py tests/test_native_fused.py tests/test_rows.py
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_native.py tests/test_native_fused.py tests/test_native_uniform.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
