@@ -55,6 +55,9 @@ TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
 )
+PUBLISHED_PENALTY = [
+    "training.0.techniques.0.penalty=0.09"
+]  # of binarydm-ebb, whose short efforts have a hundred times it
 AS_LONG = ["training.0.iterations=2400"]  # the baseline's, to be compared with best-binary
 SEVENFOLD = ["training.0.batch_size=32", "training.0.iterations=2000"]  # samples, where what counts are these
 SUMMARY = (
@@ -96,6 +99,7 @@ def league(images: str) -> Iterator[tuple[str, str, list[str], str | None]]:
         for overrides in TECHNIQUES:
             yield "binarydm", bits.replace("W1", "W1.1"), overrides, None
         yield "binarydm-ebb", bits, [], None
+        yield "binarydm-ebb", bits, PUBLISHED_PENALTY, None
     yield "best-binary", "W1.1A4", [], None
     yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
     yield "binary-baseline", "W1A4", AS_LONG, images

@@ -312,5 +312,10 @@ BINARYDM_EBB = BINARY_BASELINE.model_copy(
         "name": "binarydm-ebb",
         "weights": BinaryWeights(evolvable=True),
         "training": _trained_with(EvolvableBasis(), Mimicking()),
+        "efforts": {
+            # over a hundred iterations the published penalty takes a tenth from the second scales
+            effort: {**settings, "training.0.techniques.0.penalty": 9.0}
+            for effort, settings in BINARY_BASELINE.efforts.items()
+        },
     }
 )
