@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitstep import cli
-from bitstep.methods import METHODS
+from bitstep.methods import NAMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/guide.md")
@@ -53,7 +53,7 @@ def test_a_page_runs(page: str, hurry: dict[str, list[str]], capsys: pytest.Capt
 
 def test_the_readme_lists_every_recipe() -> None:
     listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(METHODS)
+    assert sorted(listed) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("page", PAGES)
