@@ -119,14 +119,14 @@ def pack_model(
     BitstepError when a layer does not fit the denoiser.
     """
     parts: dict[str, PackedLayer | PackedOperands] = {**layers, **attention}
-    low_bit = {**attention, **{name: layer for name, layer in layers.items() if layer.activation_bits is not None}}
+    low_bit = sum(layer.macs for layer in layers.values() if layer.activation_bits is not None)
     manifest = Manifest(
         step_grid=None if grid is None else Grid(keys=list(grid.keys), unit=grid.unit),
         layers={name: layer.entry() for name, layer in layers.items()},
         attention={name: operands.entry() for name, operands in attention.items()},
         preconditioned=hasattr(denoiser, Preconditioning.NAME),
         modules_to_not_convert=dict(modules_to_not_convert),
-        macs=Macs(total=total_macs, quantized=sum(parts[name].macs for name in low_bit)),
+        macs=Macs(total=total_macs, quantized=low_bit + sum(operands.macs for operands in attention.values())),
         recipe=dict(recipe),
     )
     config = BitstepConfig(**manifest.model_dump())

@@ -65,11 +65,16 @@ def unwrapped(output: Any) -> Any:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def has_one_a_sample(value: Any) -> bool:
+    """Whether ``value`` is a list of one tensor a sample."""
+    return isinstance(value, list) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value)
+
+
 def stacked(value: Tensor | list[Tensor]) -> Tensor:
     """A tensor as it is; of a list of one tensor a sample a copy, ``[batch, ...]``."""
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, list) and value and all(isinstance(tensor, Tensor) for tensor in value):
+    if has_one_a_sample(value):
         return torch.stack(value)
     raise BitstepError(f"expected a denoiser that returns a tensor, or a list of tensors, got a {type(value).__name__}")
 

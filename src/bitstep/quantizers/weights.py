@@ -49,10 +49,10 @@ class DenseWeight(WeightSource):
 class MergedLoRA(WeightSource):
     """A frozen weight plus a trained low-rank delta, merged *before* quantization (EfficientDM, arXiv 2310.03270).
 
-    ``W = W0 + up @ down``; both factors see the quantizer's rounding, and nothing of them is left
-    at inference. (peft's ``use_qalora`` is another thing: QA-LoRA, arXiv 2309.14717, pools the adapter's input by
-    quantization group so that the delta can be absorbed in the zero points.) There is no alpha/rank factor. ``down``
-    starts Kaiming-uniform, drawn on the CPU, and ``up`` zero, so that training starts from W0.
+    ``W = W0 + up @ down``; both factors see the quantizer's rounding, and nothing of them is left at inference.
+    (peft's ``use_qalora`` is another thing: QA-LoRA, arXiv 2309.14717, pools the adapter's input by quantization group
+    so that the delta can be absorbed in the zero points.) There is no alpha/rank factor. ``down`` starts
+    Kaiming-uniform, drawn on the CPU, and ``up`` zero, so that training starts from W0.
     """
 
     ROLES: ClassVar = {"down": "adapter", "up": "adapter"}

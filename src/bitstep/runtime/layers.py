@@ -264,8 +264,9 @@ class _Computed(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, op: OpOverload[Any, Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        plain = tree_map_only(cls, lambda weight: weight._layer.tensors().weight.dequantize(), (args, kwargs or {}))
-        return op(*plain[0], **plain[1])
+        given = args, kwargs or {}
+        args, kwargs = tree_map_only(cls, lambda weight: weight._layer.tensors().weight.dequantize(), given)
+        return op(*args, **kwargs)
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         return self.detach().numpy(force=force)

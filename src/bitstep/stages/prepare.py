@@ -88,8 +88,15 @@ def prepare(
     sites = [site.name for site in plan.attention]
     observed = {}
     if names or sites:
-        amount = {"images": method.calibration.range_images, "batch_size": method.calibration.batch_size}
-        observed = observe(teacher, pool, names, attention=sites, progress=progress, **amount)
+        observed = observe(
+            teacher,
+            pool,
+            names,
+            attention=sites,
+            images=method.calibration.range_images,
+            batch_size=method.calibration.batch_size,
+            progress=progress,
+        )
         plan = _with_known_attention(plan, observed)
     rewritten = rewrite(teacher, structure, method.rewrites, observed)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))

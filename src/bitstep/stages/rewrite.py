@@ -46,9 +46,8 @@ def rewrite(
         weight = torch.cat([weight_of(layer).detach().cpu() for layer in layers])
         channel_range = observed[names[0]].channel_range
         scale = torch.ones_like(channel_range)
-        for change, own in zip(
-            rewrites, scales_of(rewrites, weight, groups_of(layers[0]), channel_range, parts[names[0]]), strict=True
-        ):
+        scales = scales_of(rewrites, weight, groups_of(layers[0]), channel_range, parts[names[0]])
+        for change, own in zip(rewrites, scales, strict=True):
             found.statistics[change.kind].update(dict.fromkeys(names, statistics(own, channel_range / scale)))
             scale = scale * own
         if bool((scale != 1).any()):

@@ -41,24 +41,22 @@ class Pool:
         if not shards:
             raise BitstepError("the pool of recorded calls is empty")
         self._shards = shards
-        firsts: list[Shard] = []  # one of each form
-        form_of = [_form(shard, firsts) for shard in shards]
         self.guidance = fit_guidance(
             [gram for shard in shards for gram in shard.grams], torch.finfo(shards[0].tensors[OUTPUT].dtype).eps
         )
         self._chunks = 1 if self.guidance is None else len(self.guidance)
         self._handed = shards[0].handed
         # per sample: its shard, call and row; chunk j of the sample is j * stride rows further
-        places, timesteps = [], []
+        places, timesteps, images, forms = [], [], [], []
+        firsts: list[Shard] = []  # one of each form
         for i, shard in enumerate(shards):
             stamps = shard.timesteps[:, : shard.timesteps.shape[1] // self._chunks]
             timesteps.append(stamps.double().flatten())
             places.append(torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, stamps.shape)))
-        self._places = torch.cat(places)
-        forms = torch.tensor(form_of)[self._places[:, 0]]
-        self._alike = [torch.nonzero(forms == form).flatten() for form in range(len(firsts))]
-        self._form_of = forms
-        self._image_of = torch.tensor([shards[i].images[row] for i, _, row in self._places.tolist()])
+            images.append(torch.tensor(shard.images[: stamps.shape[1]]).repeat(len(stamps)))
+            forms.append(torch.tensor(_form(shard, firsts)).expand(stamps.numel()))
+        self._places, self._image_of, self._form_of = map(torch.cat, (places, images, forms))
+        self._alike = [torch.nonzero(self._form_of == form).flatten() for form in range(len(firsts))]
         self._strides = torch.tensor([shard.tensors[OUTPUT].shape[1] // self._chunks for shard in shards])
         self.timesteps, self.step_of = torch.unique(torch.cat(timesteps), return_inverse=True)
         # (EDM's timesteps are logarithms of noise levels, from below 0 to above 1)
@@ -199,13 +197,13 @@ class PoolWriter:
 
 def _form(shard: Shard, firsts: list[Shard]) -> int:
     """The number of its form, ``firsts`` being one of each; a new one is added to them."""
-    number = next((i for i, first in enumerate(firsts) if _alike(first, shard)), len(firsts))
+    number = next((i for i, first in enumerate(firsts) if _go_together(first, shard)), len(firsts))
     if number == len(firsts):
         firsts.append(shard)
     return number
 
 
-def _alike(one: Shard, other: Shard) -> bool:
+def _go_together(one: Shard, other: Shard) -> bool:
     """Whether a batch can mix the calls of both."""
     if (one.skeleton, one.batched) != (other.skeleton, other.batched):
         return False

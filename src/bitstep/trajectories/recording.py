@@ -20,6 +20,7 @@ from bitstep.denoiser.calls import (
     Samples,
     by_name,
     first_tensor,
+    has_one_a_sample,
     put_together,
     run,
     take_apart,
@@ -46,8 +47,8 @@ class Shard:
     images: the number of the image that each row is part of
     grams: per call, the inner products of the output's chunks and what the scheduler was given, float64
         ``[chunks + 1, chunks + 1]`` (see :func:`fit_guidance`); None where there was no guidance to be read off
-    handed: how many channels of the output, the first ones, the scheduler was given: half of them where it
-        does without the variance that the denoiser learned, all of them where that was not to be seen
+    handed: how many channels of the output, the first ones, the scheduler was given: half of them where it does
+        without the variance that the denoiser learned, all of them where that was not to be seen
     """
 
     tensors: Mapping[str, Tensor]
@@ -241,7 +242,7 @@ class Recorder:
 def _of_one_shape(arguments: Mapping[str, Any], rows: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """A call with lists of one tensor a sample as calls of samples whose tensors have the same shapes (the texts of
     others are longer), each with the samples' numbers."""
-    lists = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == rows}
+    lists = {name: value for name, value in arguments.items() if has_one_a_sample(value) and len(value) == rows}
     alike: dict[tuple[torch.Size, ...], list[int]] = {}
     for row in range(rows):
         alike.setdefault(tuple(tensors[row].shape for tensors in lists.values()), []).append(row)
