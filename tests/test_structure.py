@@ -10,6 +10,7 @@ from pipelines import BUILDERS, build
 from torch import Tensor, nn
 
 from bitstep.denoiser.calls import Call
+from bitstep.denoiser.origins import Origin
 from bitstep.denoiser.structure import Structure, blocks, trace
 from bitstep.stages.calibrate import stream
 from bitstep.stages.load import Source
@@ -184,9 +185,52 @@ class _Normalized(nn.Module):
         return y
 
 
+class _Attention(nn.Module):
+    """Values, averaged by attention, then a gated unit; ``also`` says what else is done."""
+
+    def __init__(self, also: str) -> None:
+        super().__init__()
+        self.values, self.out = nn.Linear(8, 8), nn.Linear(8, 6)
+        self.gated, self.last, self.direct = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 8)
+        self.also = also
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        tokens = sample.transpose(1, 2) + timestep[:, None, None] / 1000
+        heads = tokens.unflatten(-1, (2, 4)).transpose(1, 2)
+        values = self.values(tokens).unflatten(-1, (4, 2) if self.also == "mixed" else (2, 4))
+        values = values.permute(0, 3, 1, 2) if self.also == "mixed" else values.transpose(1, 2)
+        if self.also == "shifted":
+            values = values + 1
+        x = nn.functional.scaled_dot_product_attention(heads, heads, values).transpose(1, 2).flatten(2)
+        value, gate = self.gated(self.out(x)).chunk(2, dim=-1)
+        if self.also == "squared":
+            gate = value
+        y = self.last(value * nn.functional.silu(gate))
+        if self.also == "shared":
+            y = y + values.sum((1, 3))[..., None]
+        if self.also == "both":
+            y = y + self.direct(values.transpose(1, 2).flatten(2))
+        assert isinstance(y, Tensor)
+        return y
+
+
+@pytest.mark.parametrize("also", ["", "mixed", "shifted", "squared", "shared", "both"])
+def test_values_and_gated_units_belong_to_layers_when_nothing_else_reads_them(also: str) -> None:
+    torch.manual_seed(0)
+    call = Call({"sample": torch.randn(2, 8, 8), "timestep": torch.tensor([10.0, 500.0])})
+    layers = {info.name: info.origin for info in trace(_Attention(also), call).layers}
+    values = None if also in ("mixed", "shifted", "shared", "both") else Origin("values", 0, 8, attention="")
+    # (what cannot be verified after one that is none counts as none)
+    between = None if also == "mixed" else Origin("out", 0, 6)
+    gated = None if also in ("mixed", "squared") else Origin("gated", 0, 4)
+    assert layers == {"values": None, "out": values, "gated": between, "last": gated} | (
+        {"direct": None} if also == "both" else {}
+    )
+
+
 @pytest.mark.parametrize("also", ["", "residual", "concatenated", "mixed", "twice"])
 def test_a_norm_belongs_to_layers_when_nothing_else_reads_it(also: str) -> None:
     torch.manual_seed(0)
     call = Call({"sample": torch.randn(2, 8, 8), "timestep": torch.tensor([10.0, 500.0])})
-    layers = {info.name: info.norm for info in trace(_Normalized(also), call).layers}
+    layers = {info.name: info.origin and info.origin.module for info in trace(_Normalized(also), call).layers}
     assert layers == dict.fromkeys(("one", "two"), None if also else "norm")

@@ -234,7 +234,7 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
             kind: {name: asdict(statistics) for name, statistics in layers.items()}
             for kind, layers in student.rewritten.statistics.items()
         },
-        "folded": student.rewritten.folded,
+        "folded": [asdict(origin) | {"layers": names} for origin, names in student.rewritten.folded.items()],
     }
     with without_progress_bars():
         work.publish(source.pipeline.save_pretrained, plan)
@@ -246,7 +246,7 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         progress.line(f"{kind}: {summary(found.values())}")
     if scales := student.rewritten.scales:
         folded = sum(map(len, student.rewritten.folded.values()))
-        progress.line(f"1 / s: in the gains of a norm for {folded} layers, a vector for {len(scales) - folded}")
+        progress.line(f"1 / s: in a norm or layer before for {folded} layers, a vector for {len(scales) - folded}")
 
 
 def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:

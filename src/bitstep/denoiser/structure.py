@@ -7,6 +7,7 @@ follows from what was executed when, and from whether its input changes with the
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,11 @@ from diffusers.models.downsampling import Downsample1D, Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bitstep.denoiser.calls import Call, run, sample_name, wrapped
 from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, input_of, refusal, weight_of
+from bitstep.denoiser.origins import Origin, Origins, scaled
 from bitstep.denoiser.steps import timestep_name
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -36,8 +37,8 @@ class LayerInfo:
     positions: how often the weight is applied to one sample (output pixels or tokens), in the first run
     parts: channels of each tensor that was concatenated into the layer's input directly before it; else empty
     sees_sample, sees_timestep: whether its input changes with the noisy sample, and with the timestep
-    norm: the affine norm that feeds this layer, if nothing but Linear and convolution layers consumes its output, so
-        that scales can be folded into it; else None
+    origin: the channels of a norm or a layer before that become this layer's input, if nothing but layers read them,
+        so that scales can be folded into them; else None
     """
 
     name: str
@@ -46,7 +47,7 @@ class LayerInfo:
     parts: tuple[int, ...]
     sees_sample: bool
     sees_timestep: bool
-    norm: str | None
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ class Block:
 
 @torch.no_grad()
 def trace(denoiser: nn.Module, call: Call) -> Structure:
-    """Run ``denoiser`` on ``call`` three times: as it is, with another sample, and with other timesteps."""
+    """Run ``denoiser`` on ``call`` as it is, with another sample, with other timesteps, and scaled at its origins."""
     with _observed(denoiser) as seen, FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         batch = len(run(denoiser, call))
     other_sample, other_timestep = (_layer_runs(denoiser, other) for other in _perturbed(denoiser, call))
+    origins = _verified(denoiser, call, seen)
     layers = tuple(
         _layer_info(
             name,
@@ -106,7 +108,7 @@ def trace(denoiser: nn.Module, call: Call) -> Structure:
             batch,
             sees_sample=runs != other_sample.get(name),
             sees_timestep=runs != other_timestep.get(name),
-            norm=seen.norm_of(name),
+            origin=origins.get(name),
         )
         for name, runs in seen.layers.items()
     )
@@ -185,13 +187,10 @@ class _Observation(TorchFunctionMode):
         self.layers: dict[str, list[_Run]] = {}
         self.attention: Counter[str] = Counter()  # multiply-accumulates of the whole batch, by module
         self.last = ""
+        self.origins = Origins()
         self.asked: dict[str, None] = {}
-        self._running: list[str] = []
+        self._running = [""]  # modules, by name
         self._concatenated: dict[int, tuple[Tensor, list[Tensor], int]] = {}  # holding a tensor keeps its id its own
-        self._normalized: dict[int, tuple[Tensor, str]] = {}  # what norms returned, and other shapes of it
-        self._norm_sums: dict[str, list[Tensor]] = {}  # of every run, over all but channels
-        self._readers: dict[str, set[str]] = {}  # of every norm's output: the modules that read it
-        self._read: dict[str, list[tuple[str, Tensor]]] = {}  # of every layer's run on a norm's output: norm and sums
 
     def enter(self, name: str, *_: Any) -> None:
         self._running.append(name)
@@ -207,27 +206,7 @@ class _Observation(TorchFunctionMode):
         parts = self._parts(x, channel_axis(layer))
         self.layers.setdefault(name, []).append(_Run(output.shape, parts, checksum))
         self.last = name
-        if id(x) in self._normalized:
-            norm = self._normalized[id(x)][1]
-            self._read.setdefault(name, []).append((norm, _channel_sums(x, channel_axis(layer))))
-
-    def norm_ran(self, name: str, norm: nn.Module, _: Any, output: Tensor) -> None:
-        self._norm_sums.setdefault(name, []).append(_channel_sums(output, 1 if isinstance(norm, nn.GroupNorm) else -1))
-        self._normalized[id(output)] = output, name
-
-    def norm_of(self, layer: str) -> str | None:
-        """See :class:`LayerInfo`."""
-        if not self._read_once(layer):
-            return None
-        ((norm, sums),) = self._read[layer]
-        found = self._norm_sums[norm]
-        if len(found) != 1 or found[0].shape != sums.shape or not torch.allclose(found[0], sums):
-            return None  # other channels: they were taken apart or put together
-        return norm if all(map(self._read_once, self._readers[norm])) else None
-
-    def _read_once(self, layer: str) -> bool:
-        """Whether ``layer`` ran once, on what a norm returned."""
-        return len(self.layers.get(layer, ())) == len(self._read.get(layer, ())) == 1
+        self.origins.given(name, x, channel_axis(layer))
 
     def _parts(self, x: Tensor, axis: int) -> tuple[int, ...]:
         _, tensors, dim = self._concatenated.get(id(x), (x, [], axis))
@@ -243,25 +222,11 @@ class _Observation(TorchFunctionMode):
             # every query meets every key (of the query's width) and every value (of its own)
             self.attention[self._running[-1]] += query[:-1].numel() * key[-2] * (query[-1] + value[-1])
         result = function(*args, **kwargs)
-        for _, norm in [self._normalized[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self._normalized]:
-            if function in _RESHAPING:
-                self._normalized[id(result)] = result, norm
-            elif function.__name__ != "__get__":  # attributes
-                self._readers.setdefault(norm, set()).add(self._running[-1])
+        self.origins.follow(function, args, kwargs, result, self._running[-1])
         if function in (torch.cat, torch.concat, torch.concatenate):
             tensors = args[0] if args else kwargs["tensors"]
             self._concatenated[id(result)] = result, list(tensors), kwargs.get("dim", (*args, 0)[1])
         return result
-
-
-_RESHAPING = (
-    *(Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze),
-    *(Tensor.transpose, Tensor.permute, Tensor.movedim, Tensor.contiguous),
-)
-
-
-def _channel_sums(x: Tensor, axis: int) -> Tensor:
-    return x.detach().double().movedim(axis, 0).flatten(1).sum(1)
 
 
 @contextmanager
@@ -278,15 +243,17 @@ def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
         return ask
 
     with ExitStack() as stack:
-        stack.enter_context(wrapped(nn.Module, "parameters", watched))
         for name, module in denoiser.named_modules():
             stack.callback(module.register_forward_pre_hook(functools.partial(seen.enter, name)).remove)
             if isinstance(module, QUANTIZABLE):
                 ran = functools.partial(seen.layer_ran, name)
                 stack.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
-            if isinstance(module, NORMS) and module.weight is not None:
-                stack.callback(module.register_forward_hook(functools.partial(seen.norm_ran, name)).remove)
+            parameter = next(module.parameters(), None)
+            if parameter is not None and (isinstance(module, QUANTIZABLE) or _is_norm(module)):
+                returned = functools.partial(seen.origins.returned, name, len(parameter))
+                stack.callback(module.register_forward_hook(returned).remove)
             stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
+        stack.enter_context(wrapped(nn.Module, "parameters", watched))
         stack.enter_context(seen)
         yield seen
 
@@ -305,6 +272,22 @@ def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:
     return seen.layers
 
 
+def _verified(denoiser: nn.Module, call: Call, seen: _Observation) -> dict[str, Origin]:
+    """The origins that are really such: another order of channels in between, say, shows when they are scaled (in all
+    that follows, so that what comes after counts as none either)."""
+    origins = seen.origins.found()
+    if not origins:
+        return {}
+    with scaled(denoiser, origins):
+        runs = _layer_runs(denoiser, call)
+
+    def same(layer: str) -> bool:
+        (one,), (other,) = seen.layers[layer], runs[layer]
+        return math.isclose(one.checksum[1], other.checksum[1], rel_tol=1e-4)
+
+    return {layer: origin for layer, origin in origins.items() if same(layer)}
+
+
 def _layer_info(
     name: str,
     layer: nn.Module,
@@ -313,7 +296,7 @@ def _layer_info(
     *,
     sees_sample: bool,
     sees_timestep: bool,
-    norm: str | None,
+    origin: Origin | None,
 ) -> LayerInfo:
     weight = weight_of(layer)
     positions = [run.output_shape.numel() // len(weight) for run in runs]
@@ -324,7 +307,7 @@ def _layer_info(
         parts=runs[0].parts,
         sees_sample=sees_sample,
         sees_timestep=sees_timestep,
-        norm=norm,
+        origin=origin,
     )
 
 

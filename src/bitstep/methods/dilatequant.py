@@ -6,9 +6,8 @@ Weight dilation (:mod:`bitstep.numerics.dilation`), the temporal parallel quanti
 (:class:`bitstep.quantizers.activations.ActivationQuantizer`, batches mixing timesteps) and block-wise distillation
 (:class:`bitstep.methods.objectives.blockwise.BlockwiseDistillation`) are slots that any recipe may use.
 
-1 / s is folded into the gains of a norm whose output nothing but such layers read (:mod:`bitstep.stages.rewrite`).
-Elsewhere, behind the SiLU of a residual block for one, it is a vector that kernels apply in the same pass that turns
-the input into codes.
+1 / s is folded into the norm or layer before where that is exact (:mod:`bitstep.stages.rewrite`). Elsewhere, behind the
+SiLU of a residual block for one, it is a vector that kernels apply in the same pass that turns the input into codes.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.attention import OPERANDS, attend, intercept
 from bitstep.denoiser.layers import groups_of, weight_of
+from bitstep.denoiser.origins import divide
 from bitstep.denoiser.steps import StepCursor, StepGrid
 from bitstep.denoiser.structure import Structure, trace
 from bitstep.methods.base import Context, Errors, Method, UniformWeights
@@ -26,7 +27,7 @@ from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.stages.ranges import Observed, observe
-from bitstep.stages.rewrite import Rewritten, fold, rewrite
+from bitstep.stages.rewrite import Rewritten, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.trajectories.pool import Pool
 
@@ -103,9 +104,9 @@ def prepare(
 
     student = copy.deepcopy(teacher)
     builder = _Builder(method, seed, cursor, observed, rewritten)
+    for origin, (reader, *_) in rewritten.folded.items():
+        divide(student, origin, rewritten.scales[reader])
     layers = _replace_layers(student, plan, builder.layer)
-    for norm, readers in rewritten.folded.items():
-        fold(student.get_submodule(norm), rewritten.scales[readers[0]])
     attention = {}
     for site in plan.attention:
         attention[site.name] = builder.attention(site).to(device)
@@ -206,6 +207,9 @@ class _Builder:
 
     def _operand(self, plan: AttentionPlan, operand: str) -> ActivationQuantizer:
         seen, how = self.observed[f"{plan.name}.{operand}"], self.method.activations
+        for origin, (reader, *_) in self.rewritten.folded.items():
+            if operand == "value" and origin.attention == plan.name:
+                seen = seen.divided(self.rewritten.scales[reader])
         if operand != "probability":
             return self._quantizer(seen, plan.bits, how.range, signed=how.signed)
         # from 0 to the largest, whatever the recipe: most are next to nothing, and what counts are the rare large ones

@@ -113,7 +113,10 @@ class _Observer:
         if len(x) % self._samples:
             self._apart.add(name)
         if self._runs[name] == 1:  # (probabilities may come in pieces)
-            self._keep(f"{name}.{operand}", x.float().reshape(1, -1))
+            # of values the channels count: a layer that they go to may scale them
+            by_channel = operand == "value" and x.ndim == 4
+            rows = x.permute(1, 3, 0, 2).flatten(0, 1) if by_channel else x.reshape(1, -1)
+            self._keep(f"{name}.{operand}", rows.float().flatten(1))
         return x
 
     def finish_row(self) -> None:

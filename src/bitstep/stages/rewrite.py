@@ -2,10 +2,9 @@
 
     Y = (X / s) (s W)
 
-Dividing the input by s is exact in the gains and shifts of a norm whose output nothing but such layers read, which then
-share one s; everywhere else 1 / s is a vector that the layer multiplies its input by. (It would be exact in a linear
-layer before as well, where nothing but products and averages over tokens lies between, as from values to the output
-projection of attention; those have the vector too.)
+Dividing the input by s is exact where its channels come from (:mod:`bitstep.denoiser.origins`): in the gains and shifts
+of a norm whose output nothing but such layers read, which then share one s, and in the layer of attention's values or
+of a gated unit's. Everywhere else 1 / s is a vector that the layer multiplies its input by.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstep.denoiser.layers import groups_of, weight_of
+from bitstep.denoiser.origins import Origin
 from bitstep.denoiser.structure import Structure
 from bitstep.methods.base import Rewrite
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
@@ -26,12 +26,12 @@ from bitstep.stages.ranges import Observed
 @dataclass(frozen=True)
 class Rewritten:
     """scales: s ``[in]``, the product of all rewrites', of every layer that they change
-    folded: norms that can take 1 / s, and the layers that read them
+    folded: what takes 1 / s, and the layers that read it
     statistics: what each kind of rewrite, after those before it, did to every layer
     """
 
     scales: dict[str, Tensor]
-    folded: dict[str, list[str]]
+    folded: dict[Origin, list[str]]
     statistics: dict[str, dict[str, StretchStatistics]]
 
 
@@ -41,7 +41,7 @@ def rewrite(
     """What ``rewrites`` make of all observed layers. On the CPU, as what was observed is."""
     parts = {info.name: info.parts for info in structure.layers}
     found = Rewritten({}, {}, {change.kind: {} for change in rewrites})
-    for names, norm in _together(teacher, structure, observed):
+    for names, origin in _together(teacher, structure, observed):
         layers = [teacher.get_submodule(name) for name in names]
         weight = torch.cat([weight_of(layer).detach().cpu() for layer in layers])
         channel_range = observed[names[0]].channel_range
@@ -52,8 +52,8 @@ def rewrite(
             scale = scale * own
         if bool((scale != 1).any()):
             found.scales.update(dict.fromkeys(names, scale))
-            if norm is not None:
-                found.folded[norm] = names
+            if origin is not None:
+                found.folded[origin] = names
     return found
 
 
@@ -67,25 +67,18 @@ def scales_of(
         weight, channel_range = stretched(weight, scale, groups), channel_range / scale
 
 
-@torch.no_grad()
-def fold(norm: nn.Module, scale: Tensor) -> None:
-    """Divide what ``norm`` returns by ``scale`` ``[channels]``."""
-    for parameter in norm.parameters(recurse=False):
-        parameter.div_(scale.to(parameter))
-
-
 def _together(
     teacher: nn.Module, structure: Structure, observed: Mapping[str, Observed]
-) -> Iterator[tuple[list[str], str | None]]:
-    """Layers that share one s, with the norm that takes 1 / s: all that read its output, where all of them are observed
-    and of one shape. Every other layer by itself."""
+) -> Iterator[tuple[list[str], Origin | None]]:
+    """Layers that share one s, with what takes 1 / s: all that read an origin, where all of them are observed and of
+    one shape. Every other layer by itself."""
     alone = [info.name for info in structure.layers if info.name in observed]
-    for norm in dict.fromkeys(info.norm for info in structure.layers if info.norm is not None):
-        names = [info.name for info in structure.layers if info.norm == norm]
+    for origin in dict.fromkeys(info.origin for info in structure.layers if info.origin is not None):
+        names = [info.name for info in structure.layers if info.origin == origin]
         layers = [teacher.get_submodule(name) for name in names]
         alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
         if alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names):
-            yield names, norm
+            yield names, origin
             alone = [name for name in alone if name not in names]
     for name in alone:
         yield [name], None
