@@ -172,13 +172,15 @@ def test_what_the_scheduler_is_not_given_does_not_count() -> None:
 
 def test_a_pipeline_that_needs_an_image_after_all_is_refused() -> None:
     edits = StableDiffusionImg2ImgPipeline(**build("stable_diffusion").components)
-    with pytest.raises(BitstepError, match=r"Img2ImgPipeline failed on noise, in 2 steps: .*text-to-image"):
+    with pytest.raises(BitstepError, match=r"Img2ImgPipeline failed, in 2 steps: .*; if it needs .*--pictures"):
         next(generate(edits, images=1, batch_size=1, steps=2, seed=0))
 
 
 def test_settings_that_would_do_nothing_are_refused() -> None:
     with pytest.raises(UsageError, match="takes no prompts"):
         next(generate(build("ddim"), images=1, batch_size=1, steps=1, seed=0, prompts=["a cat"]))
+    with pytest.raises(UsageError, match="DDIMPipeline takes no pictures"):
+        next(generate(build("ddim"), images=1, batch_size=1, steps=1, seed=0, pictures=["a.png"]))
     with pytest.raises(UsageError, match="takes no guidance"):
         next(generate(build("ddim"), images=1, batch_size=1, steps=1, seed=0, guidance_scale=2.0))
 

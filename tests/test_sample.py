@@ -116,7 +116,7 @@ def test_sizes_that_are_none(name: str, size: str, why: str) -> None:
 def test_a_pipeline_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = build("ddim")
     monkeypatch.delattr(DDIMScheduler, "set_timesteps")
-    with pytest.raises(BitstepError, match=r"DDIMPipeline failed on noise, in 2 steps: .*set_timesteps"):
+    with pytest.raises(BitstepError, match=r"DDIMPipeline failed, in 2 steps: .*set_timesteps"):
         sample(pipeline, num=1, batch_size=1, steps=2, seed=0)
 
 

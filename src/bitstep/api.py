@@ -24,6 +24,7 @@ from bitstep.stages.inspect import inspect as inspect
 from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import Source
 from bitstep.stages.load import load as load
+from bitstep.stages.pictures import find_pictures
 from bitstep.stages.report import Reference, describe, page
 from bitstep.stages.sample import SAVED, default_steps, grid, holds_images, read, save
 from bitstep.stages.sample import sample as _sample
@@ -38,6 +39,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 16,
     prompts: str | Path | None = None,
+    pictures: str | Path | None = None,
     size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
@@ -56,7 +58,7 @@ def sample(
         num=num,
         batch_size=batch_size,
         progress=progress,
-        **_sampling(model, steps, seed, prompts, size),
+        **_sampling(model, steps, seed, prompts, pictures, size),
     )
     if path:
         save(images, path)
@@ -74,6 +76,7 @@ def evaluate(
     features: str | Path | None = None,
     tile: int | None = None,
     prompts: str | Path | None = None,
+    pictures: str | Path | None = None,
     size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
@@ -97,7 +100,7 @@ def evaluate(
         batch_size=batch_size,
         features=features,
         progress=progress,
-        **_sampling(model, steps, seed, prompts, size),
+        **_sampling(model, steps, seed, prompts, pictures, size),
     )
 
 
@@ -111,6 +114,7 @@ def report(
     seed: int = 0,
     batch_size: int = 16,
     prompts: str | Path | None = None,
+    pictures: str | Path | None = None,
     size: str | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -128,7 +132,7 @@ def report(
         raise UsageError("there is nothing to report on: give at least one packed folder")
     for model in models:
         packed_manifest(model)  # refuses what is not packed before anything is sampled
-    sampling = _sampling(models[0], steps, seed, prompts, size)
+    sampling = _sampling(models[0], steps, seed, prompts, pictures, size)
     reference = None
     if against is not None:
         full = load(against, device=device)
@@ -181,9 +185,21 @@ def _load(source: str | Path, device: str, backend: str | None) -> Source:
     return model
 
 
-def _sampling(model: Source, steps: int | None, seed: int, prompts: str | Path | None, size: str | None) -> Sampling:
-    number = steps or default_steps(model.pipeline)
-    return {"steps": number, "seed": seed, "prompts": read_prompts(prompts), "size": size}
+def _sampling(
+    model: Source,
+    steps: int | None,
+    seed: int,
+    prompts: str | Path | None,
+    pictures: str | Path | None,
+    size: str | None,
+) -> Sampling:
+    return {
+        "steps": steps or default_steps(model.pipeline),
+        "seed": seed,
+        "prompts": read_prompts(prompts),
+        "pictures": find_pictures(pictures),
+        "size": size,
+    }
 
 
 def _side_by_side(panels: dict[str, Tensor], path: Path) -> None:

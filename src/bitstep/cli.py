@@ -41,6 +41,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not 
 Backend = Annotated[str | None, typer.Option(help="Force one kernel for every packed layer, or fail with its reasons.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file with one prompt a line; built-in ones if not given.")]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(help="Folder of pictures that the pipeline starts from, in turn (inpainting, editing, ...)."),
+]
 Size = Annotated[
     str | None,
     typer.Option(
@@ -90,6 +94,7 @@ def quantize(
         Path | None, typer.Option(help="Folder or .npz file of training images, for recipes that use them.")
     ] = None,
     prompts: Prompts = None,
+    pictures: Pictures = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to run; CUDA where there is one, if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")] = False,
@@ -107,6 +112,7 @@ def quantize(
         overrides=set_ or (),
         data=data,
         prompts=prompts,
+        pictures=pictures,
         seed=seed,
         device=device,
         resume=resume,
@@ -125,6 +131,7 @@ def sample(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
+    pictures: Pictures = None,
     size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
@@ -141,6 +148,7 @@ def sample(
             out=out,
             batch_size=batch_size,
             prompts=prompts,
+            pictures=pictures,
             size=size,
             backend=backend,
             device=device,
@@ -187,6 +195,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="The real images are mosaics of tiles this many pixels wide.")
     ] = None,
     prompts: Prompts = None,
+    pictures: Pictures = None,
     size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
@@ -206,6 +215,7 @@ def evaluate(
             features=features,
             tile=tile,
             prompts=prompts,
+            pictures=pictures,
             size=size,
             backend=backend,
             device=device,
@@ -229,6 +239,7 @@ def benchmark(
     ] = None,
     batch_size: BatchSize = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
+    pictures: Pictures = None,
     size: Size = None,
     backend: Backend = None,
     device: Device = "cpu",
@@ -247,6 +258,7 @@ def benchmark(
             against=baselines or ("fp32", "bf16"),
             batch_size=batch_size,
             rounds=rounds,
+            pictures=pictures,
             size=size,
             backend=backend,
             device=device,
@@ -269,6 +281,7 @@ def report(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     prompts: Prompts = None,
+    pictures: Pictures = None,
     size: Size = None,
     device: Device = "cpu",
 ) -> None:
@@ -285,6 +298,7 @@ def report(
             seed=seed,
             batch_size=batch_size,
             prompts=prompts,
+            pictures=pictures,
             size=size,
             device=device,
             progress=progress,

@@ -23,9 +23,10 @@ from bitstep.run_folder import RunFolder
 from bitstep.runtime import dispatch
 from bitstep.stages.calibrate import record, stream
 from bitstep.stages.finetune import finetune
-from bitstep.stages.generate import FEW_STEPS, Sampling, read_prompts
+from bitstep.stages.generate import FEW_STEPS, Inputs, Sampling, read_prompts
 from bitstep.stages.load import Source, as_stored, load, without_progress_bars
 from bitstep.stages.pack import pack
+from bitstep.stages.pictures import find_pictures
 from bitstep.stages.precondition import check_preconditionable, precondition
 from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
@@ -47,6 +48,7 @@ def quantize(
     overrides: str | Sequence[str] = (),
     data: str | Path | None = None,
     prompts: str | Path | None = None,
+    pictures: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
     resume: bool = False,
@@ -61,7 +63,7 @@ def quantize(
     """
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, as_list(overrides))
-    texts = read_prompts(prompts)
+    inputs: Inputs = {"prompts": read_prompts(prompts), "pictures": find_pictures(pictures)}
     if not 0 <= seed < 2**64:
         raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
     if data is not None:
@@ -70,11 +72,13 @@ def quantize(
         "source": source,
         "seed": seed,
         "effort": effort,
-        "prompts": texts,
+        **inputs,
         "data": None if data is None else str(Path(data).resolve()),
         "recipe": resolved.model_dump(mode="json"),
     }
-    keep = [Path(path) for path in (source, recipe, data, prompts) if path is not None and Path(path).exists()]
+    keep = [
+        Path(path) for path in (source, recipe, data, prompts, pictures) if path is not None and Path(path).exists()
+    ]
     work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
         return out
@@ -88,9 +92,9 @@ def quantize(
         for name, component in loaded.pipeline.components.items():
             if name != loaded.component and type(component) is type(loaded.denoiser):
                 progress.line(f"{name} is another {type(component).__name__}: it is left in full precision")
-        images = None if data is None else _read_images(Path(data), loaded, texts)
+        images = None if data is None else _read_images(Path(data), loaded, inputs)
         _say_what_is_learned_from(resolved, images, progress)
-        student = _fit(loaded, resolved, work, seed, texts, images, progress)
+        student = _fit(loaded, resolved, work, seed, inputs, images, progress)
         _publish(loaded, student, resolved, work, progress)
     return out
 
@@ -132,7 +136,7 @@ def _fit(
     recipe: Recipe,
     work: RunFolder,
     seed: int,
-    prompts: list[str] | None,
+    inputs: Inputs,
     images: TrainingImages | None,
     progress: Reporter,
 ) -> Student:
@@ -141,7 +145,7 @@ def _fit(
     sampling: Sampling = {
         "steps": calibration.steps,
         "seed": seed + CALIBRATION_SEED,
-        "prompts": prompts,
+        **inputs,
         "guidance_scale": calibration.guidance_scale,
         "eta": calibration.eta,
         "size": calibration.size,
@@ -249,9 +253,9 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         progress.line(f"1 / s: in a norm or layer before for {folded} layers, a vector for {len(scales) - folded}")
 
 
-def _read_images(data: Path, source: Source, prompts: list[str] | None) -> TrainingImages:
+def _read_images(data: Path, source: Source, inputs: Inputs) -> TrainingImages:
     """Images of the denoiser's size, or mosaics of such; refused before anything is recorded where they do not fit."""
-    call, _ = next(stream(source, images=1, batch_size=1, steps=FEW_STEPS, seed=0, prompts=prompts)).batch([0])
+    call, _ = next(stream(source, images=1, batch_size=1, steps=FEW_STEPS, seed=0, **inputs)).batch([0])
     name, _ = unconditional(call)
     sample = call.arguments[name]
     tile = None if data.suffix == ".npz" else sample.shape[-1] * enlargement(source.pipeline)

@@ -41,6 +41,7 @@ from bitstep.stages.generate import FEW_STEPS, Sampling
 from bitstep.stages.inspect import architecture, component_folder, model_class, packed_manifest
 from bitstep.stages.load import Source, load
 from bitstep.stages.peers import PEERS, OfTensors
+from bitstep.stages.pictures import find_pictures
 from bitstep.trajectories.pool import Pool
 
 PACKED = "packed"
@@ -54,6 +55,7 @@ def benchmark(
     against: str | Sequence[str] = ("fp32", "bf16"),
     batch_size: int = 1,
     rounds: int = 20,
+    pictures: str | Path | None = None,
     size: str | None = None,
     backend: str | None = None,
     device: str = "cpu",
@@ -82,7 +84,7 @@ def benchmark(
     if backend is not None:
         named(backend)
     source = _packed(directory)
-    sampling: Sampling = {"steps": FEW_STEPS, "seed": 0, "size": size}
+    sampling: Sampling = {"steps": FEW_STEPS, "seed": 0, "pictures": find_pictures(pictures), "size": size}
     others = {name: _packed(name) for name in against if _is_folder(name)}
     if others:
         check_comparable(list(others.values()), source, **sampling)

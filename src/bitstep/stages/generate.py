@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import wrapped
 from bitstep.errors import BitstepError, UsageError, first_line
 from bitstep.randomness import generator
+from bitstep.stages.pictures import MASK, STARTS, starts
 
 PROMPTS = (
     "a red fox sitting in the snow at dusk",
@@ -73,18 +74,25 @@ def batches(images: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
 
 
-class Sampling(TypedDict):
+class Inputs(TypedDict):
+    """What a user may give a pipeline: see :class:`Sampling`."""
+
+    prompts: NotRequired[Sequence[str] | None]
+    pictures: NotRequired[Sequence[str] | None]
+
+
+class Sampling(Inputs):
     """What a picture depends on besides its number.
 
     Initial noise, noise added by the sampler, class label and prompt of an image depend on (seed, number) alone.
-    ``prompts`` are taken in turn; without any a small built-in list serves. ``guidance_scale`` None is the pipeline's
+    ``prompts`` are taken in turn; without any a small built-in list serves. ``pictures`` are the files that pipelines
+    start from which take one (:mod:`bitstep.stages.pictures`), in turn too. ``guidance_scale`` None is the pipeline's
     own. ``eta`` overrides the sampler's where it has one (DDIM); others keep their own noise. ``size`` is WIDTHxHEIGHT
-    in pixels, of videos WIDTHxHEIGHTxFRAMES; None for the pipeline's own.
+    in pixels, of videos WIDTHxHEIGHTxFRAMES, and that of ``pictures``; None for the pipeline's own.
     """
 
     steps: int
     seed: int
-    prompts: NotRequired[Sequence[str] | None]
     guidance_scale: NotRequired[float | None]
     eta: NotRequired[float | None]
     size: NotRequired[str | None]
@@ -114,8 +122,8 @@ def generate_batch(
 
     With ``output_type`` "latent" pipelines that can do so leave the decoder out, with "pt" they return pictures.
 
-    Raises UsageError for prompts, guidance or a size given to a pipeline that takes none, and for more steps than its
-    schedule has, BitstepError for a pipeline that needs other input (an image, say) or fails.
+    Raises UsageError for prompts, pictures, guidance or a size given to a pipeline that takes none, and for more steps
+    than its schedule has, BitstepError for a pipeline that needs other input or fails.
     """
     name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     _check(pipeline, parameters, sampling)
@@ -126,15 +134,13 @@ def generate_batch(
         try:
             return _as_tensor(pipeline(**{key: value for key, value in arguments.items() if key in parameters})[0])
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            # by its signature an image may be left out, but not every pipeline can do without
-            advice = (
-                "; where it needs an image, load its components as the text-to-image pipeline of its kind"
-                if "image" in parameters
-                else ""
-            )
-            raise BitstepError(
-                f"{name} failed on noise, in {sampling['steps']} steps: {first_line(error)}{advice}"
-            ) from error
+            advice = ""
+            if set(STARTS) & parameters.keys():
+                # by its signature a picture may be left out, but not every pipeline can do without
+                advice = "; if it needs pictures, give it a folder of them: --pictures"
+                if sampling.get("pictures"):
+                    advice = "; if it takes one picture at a time, make batches of one" if len(numbers) > 1 else ""
+            raise BitstepError(f"{name} failed, in {sampling['steps']} steps: {first_line(error)}{advice}") from error
 
 
 def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], sampling: Sampling) -> None:
@@ -142,9 +148,12 @@ def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Paramet
     name = type(pipeline).__name__
     if sampling.get("prompts") is not None and "prompt" not in parameters:
         raise UsageError(f"{name} takes no prompts")
+    if sampling.get("pictures") is not None and not set(STARTS) & parameters.keys():
+        raise UsageError(f"{name} takes no pictures")
     if sampling.get("guidance_scale") is not None and "guidance_scale" not in parameters:
         raise UsageError(f"{name} takes no guidance scale")
-    if untaken := read_size(sampling.get("size")).keys() - parameters.keys():
+    taken = parameters.keys() | ({"width", "height"} if sampling.get("pictures") else set())
+    if untaken := read_size(sampling.get("size")).keys() - taken:
         raise UsageError(f"{name} takes no {', '.join(sorted(untaken))}: leave it out of the size")
     longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
     if sampling["steps"] > longest:
@@ -162,13 +171,17 @@ def _arguments(
     """What a call of the pipeline for images ``numbers`` is given besides their noise, if it takes it; BitstepError
     where it needs more."""
     texts = sampling.get("prompts") or PROMPTS
+    size = read_size(sampling.get("size"))
     arguments: dict[str, Any] = {
         "batch_size": len(numbers),
         "prompt": [texts[number % len(texts)] for number in numbers],
         "num_inference_steps": sampling["steps"],
         "use_resolution_binning": False,  # images have the denoiser's native size: nothing to bin
-        **read_size(sampling.get("size")),
+        **size,
     }
+    if files := sampling.get("pictures"):
+        sides = (size["width"], size["height"]) if size else None
+        arguments |= starts(parameters, files, numbers, seed=sampling["seed"], size=sides)
     if classes := _classes(pipeline):
         arguments["class_labels"] = [_label(sampling["seed"], number, classes) for number in numbers]
     if (guidance_scale := sampling.get("guidance_scale")) is not None:
@@ -179,7 +192,8 @@ def _arguments(
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
     ]
     if missing:
-        raise BitstepError(f"cannot run {type(pipeline).__name__} on noise: it also needs {', '.join(missing)}")
+        advice = " (pictures are given by --pictures)" if set(missing) <= {*STARTS, MASK} else ""
+        raise BitstepError(f"cannot run {type(pipeline).__name__}: it also needs {', '.join(missing)}{advice}")
     return arguments
 
 

@@ -18,8 +18,8 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.files import check_path, write_atomically
 from bitstep.progress import Progress, silent
 from bitstep.stages.generate import Sampling, generate
+from bitstep.stages.pictures import picture_files, read_picture
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAVED = (".png", ".npz")
 
 
@@ -79,7 +79,7 @@ def holds_images(path: Path) -> bool:
     """Whether :func:`read` would find images there: an ``.npz`` file, or a folder of pictures that is no pipeline."""
     if any((path / name).exists() for name in ("model_index.json", "config.json")):
         return False
-    return path.suffix == ".npz" or (path.is_dir() and bool(_pictures(path)))
+    return path.suffix == ".npz" or (path.is_dir() and bool(picture_files(path)))
 
 
 def read(path: Path, tile: int | None = None) -> Tensor:
@@ -91,19 +91,12 @@ def read(path: Path, tile: int | None = None) -> Tensor:
         if tile:
             raise UsageError(f"{path} holds single images, no mosaics: leave --tile out")
         return _read_npz(path)
-    pictures = [_read_picture(file) for file in _pictures(path)]
+    pictures = [torch.from_numpy(np.array(read_picture(file))) for file in picture_files(path)]
     images = [image for picture in pictures for image in (_tiles(picture, tile) if tile else picture[None])]
     sizes = {tuple(image.shape[:2]) for image in images}
     if len(sizes) != 1:
         raise BitstepError(f"the pictures in {path} differ in size: expected one size, found {sorted(sizes)[:3]}")
     return torch.stack(images)
-
-
-def _read_picture(path: Path) -> Tensor:
-    try:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-    except Exception as error:  # Pillow raises all kinds for a damaged file
-        raise BitstepError(f"cannot read the picture {path}: {error}") from error
 
 
 def _read_npz(path: Path) -> Tensor:
@@ -115,10 +108,6 @@ def _read_npz(path: Path) -> Tensor:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise BitstepError(f"{path} holds {images.dtype} {images.shape}: expected uint8 [N, H, W, 3]")
     return torch.from_numpy(images)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
 
 
 def _tiles(mosaic: Tensor, size: int) -> Tensor:
