@@ -71,6 +71,7 @@ def test_texts_of_other_lengths_are_batched_by_themselves(tmp_path: Path) -> Non
     assert set(torch.cat(drawn).tolist()) == set(range(12))
     assert [lengths[indices[0]] for indices in drawn].count(lengths[4]) < 20
     assert pool.indices_at(0, images=3).tolist() == [2, 3, 6, 10, 11]
+    assert torch.equal(pool.indices_at(0, images=0), pool.indices_at(0))  # rather those of others than none
     with pytest.raises(ValueError, match="one form"):
         pool.batch([0, 4])
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from pipelines import source
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from bitstep.denoiser.calls import run
+from bitstep.denoiser.calls import Call, run
+from bitstep.denoiser.structure import blocks
 from bitstep.methods.dilatequant import DILATEQUANT, Dilation
 from bitstep.methods.rewrites import Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
@@ -121,7 +123,22 @@ def test_smoothing_shares_the_ranges_of_input_and_weight() -> None:
     assert torch.equal(scale_of((Smoothing(),), grouped.weight, groups, ranges, ()), torch.ones(24))
 
 
-@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "z_image"])
+def outputs_of(denoiser: nn.Module, names: list[str], call: Call) -> dict[str, list[Tensor]]:
+    """All that the modules of these names return, their floating point numbers."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        denoiser.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: found[name].extend(x.clone() for x in tree_leaves(output))
+        )
+        for name in names
+    ]
+    run(denoiser, call)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["ddim", "stable_diffusion", "dit", "pixart", "z_image"])
 def test_norms_and_layers_that_only_rewritten_layers_read_take_the_reciprocals(name: str) -> None:
     """Exactly: the student that rounds nothing is the teacher."""
     given = source(name)
@@ -136,6 +153,7 @@ def test_norms_and_layers_that_only_rewritten_layers_read_take_the_reciprocals(n
         "ddim": norms | values,
         "stable_diffusion": norms | {"proj_in", "net.0.proj"} | values | gated,
         "dit": values,
+        "pixart": values,
         "z_image": norms | {"w1", "w3", "cap_embedder.1"} | values | {"w2"},  # its norms are diffusers' own
     }[name]
     assert all(reader.endswith(tuple(expected)) for reader in readers)
@@ -146,4 +164,7 @@ def test_norms_and_layers_that_only_rewritten_layers_read_take_the_reciprocals(n
             if isinstance(part, WeightQuantizer | ActivationQuantizer):
                 part.enabled = False
     call, target = pool.batch(pool.commonest)
+    names = [block.name for block in blocks(given.denoiser, student.structure)]
+    ours, theirs = (outputs_of(model, names, call) for model in (student.denoiser, given.denoiser))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # block-wise distillation compares them
     torch.testing.assert_close(run(student.denoiser, call), target, rtol=1e-4, atol=1e-5)

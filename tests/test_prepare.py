@@ -12,6 +12,7 @@ from pipelines import source
 
 from bitstep.denoiser.attention import attend, intercept
 from bitstep.denoiser.calls import run
+from bitstep.denoiser.layers import weight_of
 from bitstep.recipe import resolve
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages.calibrate import stream
@@ -116,12 +117,26 @@ def test_ranges_do_not_depend_on_how_many_trajectories_run_at_a_time(name: str) 
     pool = next(stream(teacher, images=3, batch_size=3, steps=2, seed=0))
     layers = [n for n, m in teacher.denoiser.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][1:]
     together, apart = (observe(teacher.denoiser, pool, layers, images=3, batch_size=size) for size in (3, 2))
-    for layer, whole in together.items():
-        assert whole.values.shape == apart[layer].values.shape == (len(pool.timesteps), VALUES_PER_STEP)
-        torch.testing.assert_close(apart[layer].low, whole.low, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(apart[layer].high, whole.high, rtol=1e-4, atol=1e-4)
-        assert bool((apart[layer].values >= apart[layer].low.amin(1, keepdim=True)).all())
-        assert float(apart[layer].values.std()) == pytest.approx(float(whole.values.std()), rel=0.2)
+    for layer, whole in together.layers.items():
+        part = apart.layers[layer]
+        assert whole.values.shape == part.values.shape == (len(pool.timesteps), VALUES_PER_STEP)
+        torch.testing.assert_close(part.low, whole.low, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(part.high, whole.high, rtol=1e-4, atol=1e-4)
+        assert bool((part.values >= part.low.amin(1, keepdim=True)).all())
+        assert float(part.values.std()) == pytest.approx(float(whole.values.std()), rel=0.2)
+
+
+def test_layers_may_be_called_like_operands() -> None:
+    teacher = frozen("ddim")
+    pool = next(stream(teacher, images=1, batch_size=1, steps=2, seed=0))
+    site = "mid_block.attentions.0"
+    attention = teacher.denoiser.get_submodule(site)
+    attention.register_module("query", attention.get_submodule("to_q"))
+    found = observe(teacher.denoiser, pool, [f"{site}.query"], attention=[site], images=1, batch_size=1)
+    channels = len(weight_of(attention.get_submodule("to_q")))
+    assert found.layers[f"{site}.query"].low.shape == (2, channels)
+    assert found.operands[site]["query"].low.shape == (2, 1)
+    assert found.operands[site]["value"].low.shape == (2, channels)  # a layer that reads them may scale them
 
 
 def test_adapters_start_from_the_seed_and_their_layer_alone() -> None:

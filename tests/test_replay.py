@@ -190,6 +190,13 @@ def test_other_threads_get_another_tape(model: UNet2DModel) -> None:
         torch.set_num_threads(threads)
 
 
+def test_autocast_to_another_dtype_gets_another_tape(model: UNet2DModel) -> None:
+    for number, dtype in enumerate((torch.bfloat16, torch.float16), 1):
+        with torch.autocast("cpu", dtype):
+            forward(model)
+        assert len(replay(model).known) == number
+
+
 def test_a_forward_method_replaced_inside_runs_every_time(model: UNet2DModel) -> None:
     """As caches of diffusers do, which count their calls."""
     warm(model)

@@ -161,12 +161,25 @@ def test_what_is_left_alone_is_listed_with_a_reason_and_shared_modules_once() ->
     assert structure.total_macs == sum(layer.macs for layer in structure.layers) + 6 * 8 * 8 * 2
 
 
+class _Pair(nn.Module):
+    """Looks like a norm, but returns two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x * self.gain
+
+
 class _Normalized(nn.Module):
     """Two layers read a norm's output; ``also`` says what else is done with it."""
 
     def __init__(self, also: str = "") -> None:
         super().__init__()
         self.norm, self.one, self.two = nn.GroupNorm(2, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.pair, self.tied = _Pair(), nn.GroupNorm(2, 8)
+        self.tied.weight = self.norm.weight
         self.also = also
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -181,6 +194,12 @@ class _Normalized(nn.Module):
             y = torch.cat([y, tokens], 1)
         if self.also == "twice":
             y = self.one(y)
+        if self.also == "aliased":
+            y = y + tokens.mT.mT
+        if self.also == "pair":
+            y = y + self.pair(tokens)[1]
+        if self.also == "tied":
+            y = y + self.tied(sample).transpose(1, 2)
         assert isinstance(y, Tensor)
         return y
 
@@ -228,7 +247,7 @@ def test_values_and_gated_units_belong_to_layers_when_nothing_else_reads_them(al
     )
 
 
-@pytest.mark.parametrize("also", ["", "residual", "concatenated", "mixed", "twice"])
+@pytest.mark.parametrize("also", ["", "residual", "concatenated", "mixed", "twice", "aliased", "pair", "tied"])
 def test_a_norm_belongs_to_layers_when_nothing_else_reads_it(also: str) -> None:
     torch.manual_seed(0)
     call = Call({"sample": torch.randn(2, 8, 8), "timestep": torch.tensor([10.0, 500.0])})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -27,6 +27,12 @@ MAX_PROBABILITIES = 2**27
 Transform = Callable[[str, Tensor], Tensor]
 """``transform(operand, tensor) -> tensor`` for each of :data:`OPERANDS`: ``[batch, heads, tokens, width]``, and
 ``[batch, heads, queries, keys]`` for the probabilities that softmax returns."""
+
+
+def given_operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value among the arguments of ``scaled_dot_product_attention``."""
+    query, key, value = (*args[:3], *(kwargs[name] for name in OPERANDS[len(args) : 3]))
+    return query, key, value
 
 
 def attend(

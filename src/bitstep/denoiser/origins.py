@@ -9,11 +9,11 @@ attention takes. So dividing what the norm or layer returns is dividing what the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bitstep.denoiser.attention import given_operands
 from bitstep.denoiser.layers import channel_axis, input_of
 from bitstep.randomness import generator
 
@@ -47,10 +48,11 @@ class Origins:
         self._reads: dict[str, set[tuple[int, int, str]]] = {}  # of a module's channels: by whom
         self._given: dict[str, list[Origin | None]] = {}  # of every layer's runs
 
-    def returned(self, name: str, channels: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        """The norm or layer ``name`` returned ``output``: its forward hook."""
+    def returned(self, name: str, channels: int, output: Any) -> None:
+        """The norm or layer ``name`` returned ``output``."""
         self._returned[name] += 1
-        self._of[output] = Origin(name, 0, channels)
+        if isinstance(output, Tensor):
+            self._of[output] = Origin(name, 0, channels)
 
     def given(self, layer: str, x: Tensor, axis: int) -> None:
         """A layer runs on ``x``, channels along ``axis``."""
@@ -61,22 +63,21 @@ class Origins:
     def follow(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any, by: str) -> None:
         """``function``, called in the module ``by``, returned ``result``."""
         known = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in self._of]
-        if not known or function.__name__ == "__get__":  # attributes
+        if not known or (function.__name__ == "__get__" and not isinstance(result, Tensor)):  # shape, dtype, device
             return
-        passed = _passed(function, args, kwargs, result, known)
+        passed, parts, dim = _continued(function, args, kwargs, result, known)
         for x in known:
             origin = self._of[x]
             if x is not passed:
                 self._reads.setdefault(origin.module, set()).add((origin.start, origin.stop, by))
                 continue
-            if function in _CHUNKING:
-                stops = list(accumulate((part.shape[_dim(args, kwargs)] for part in result), initial=origin.start))
-                for part, (start, stop) in zip(result, pairwise(stops), strict=True):
-                    self._of[part] = replace(origin, start=start, stop=stop)
-            elif function is nn.functional.scaled_dot_product_attention:
-                self._of[result] = replace(origin, attention=by)
-            else:
-                self._of[result] = origin
+            if function is nn.functional.scaled_dot_product_attention:
+                origin = replace(origin, attention=by)
+            stops = [origin.stop]
+            if len(parts) > 1:
+                stops = list(accumulate((part.shape[dim] for part in parts), initial=origin.start))[1:]
+            for part, start, stop in zip(parts, [origin.start, *stops], stops, strict=False):
+                self._of[part] = replace(origin, start=start, stop=stop)
 
     def found(self) -> dict[str, Origin]:
         """The origin of every layer that has one, which nothing but such layers reads, once each."""
@@ -94,22 +95,22 @@ class Origins:
         return {layer: origin for layer, origin in origins.items() if alone(origin)}
 
 
-def _passed(
+def _continued(
     function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any, known: list[Tensor]
-) -> Tensor | None:
-    """The tensor whose channels ``result`` has, or the parts of it together."""
-    if function in _RESHAPING:
-        return known[0]
-    if function in _CHUNKING:
-        dim = _dim(args, kwargs)
-        return known[0] if sum(part.shape[dim] for part in result) == known[0].shape[dim] else None
-    if function in _PRODUCTS:
-        return known[0] if len(known) == 1 and known[0].shape == result.shape else None
+) -> tuple[Tensor | None, Sequence[Tensor], int]:
+    """The tensor whose channels go on in ``result``, or None; what has them; and the dimension that it was cut along,
+    where that is several."""
+    dim = int(kwargs.get("dim", args[2] if len(args) > 2 else 0)) if function in _CHUNKING else 0
+    if function in _CHUNKING and sum(part.shape[dim] for part in result) == known[0].shape[dim]:
+        return known[0], result, dim
+    if function in _RESHAPING or (function in _PRODUCTS and len(known) == 1 and known[0].shape == result.shape):
+        return known[0], [result], 0
     if function is nn.functional.scaled_dot_product_attention:
-        value = args[2] if len(args) > 2 else kwargs["value"]
+        _, _, value = given_operands(args, kwargs)
         # heads that are not in the batch, and not shared by several of the query
-        return value if value.ndim == 4 and value.shape[1] == result.shape[1] else None
-    return None
+        if value.ndim == 4 and value.shape[1] == result.shape[1]:
+            return value, [result], 0
+    return None, (), 0
 
 
 _RESHAPING = (
@@ -118,10 +119,6 @@ _RESHAPING = (
 )
 _CHUNKING = (Tensor.chunk, torch.chunk)
 _PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
-
-
-def _dim(args: Any, kwargs: Mapping[str, Any]) -> int:
-    return int(kwargs.get("dim", args[2] if len(args) > 2 else 0))
 
 
 @torch.no_grad()

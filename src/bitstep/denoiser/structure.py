@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from bitstep.denoiser.attention import given_operands
 from bitstep.denoiser.calls import Call, run, sample_name, wrapped
 from bitstep.denoiser.layers import QUANTIZABLE, channel_axis, input_of, refusal, weight_of
 from bitstep.denoiser.origins import Origin, Origins, scaled
@@ -97,25 +98,29 @@ class Block:
 def trace(denoiser: nn.Module, call: Call) -> Structure:
     """Run ``denoiser`` on ``call`` as it is, with another sample, with other timesteps, and scaled at its origins."""
     with _observed(denoiser) as seen, FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-        batch = len(run(denoiser, call))
+        output = run(denoiser, call)
+    batch = len(output)
     other_sample, other_timestep = (_layer_runs(denoiser, other) for other in _perturbed(denoiser, call))
-    origins = _verified(denoiser, call, seen)
-    layers = tuple(
-        _layer_info(
-            name,
-            denoiser.get_submodule(name),
-            runs,
-            batch,
-            sees_sample=runs != other_sample.get(name),
-            sees_timestep=runs != other_timestep.get(name),
-            origin=origins.get(name),
+    origins = _verified(denoiser, call, seen, output)
+    layers = []
+    for name, runs in seen.layers.items():
+        weight = weight_of(denoiser.get_submodule(name))
+        positions = [layer_run.output_shape.numel() // len(weight) for layer_run in runs]
+        layers.append(
+            LayerInfo(
+                name,
+                macs=sum(positions) * weight.numel() // batch,
+                positions=positions[0] // batch,
+                parts=runs[0].parts,
+                sees_sample=runs != other_sample.get(name),
+                sees_timestep=runs != other_timestep.get(name),
+                origin=origins.get(name),
+            )
         )
-        for name, runs in seen.layers.items()
-    )
     first = next(i for i, layer in enumerate(layers) if layer.sees_sample)
     convolutions = [layer.name for layer in layers if _is_convolution(denoiser.get_submodule(layer.name))]
     return Structure(
-        layers=layers,
+        layers=tuple(layers),
         first=layers[first].name,
         last=seen.last,
         time_embedding=tuple(
@@ -208,6 +213,9 @@ class _Observation(TorchFunctionMode):
         self.last = name
         self.origins.given(name, x, channel_axis(layer))
 
+    def returned(self, name: str, channels: int, *call: Any) -> None:
+        self.origins.returned(name, channels, call[-1])
+
     def _parts(self, x: Tensor, axis: int) -> tuple[int, ...]:
         _, tensors, dim = self._concatenated.get(id(x), (x, [], axis))
         return tuple(tensor.shape[axis] for tensor in tensors) if dim % x.ndim == axis % x.ndim else ()
@@ -217,8 +225,7 @@ class _Observation(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is nn.functional.scaled_dot_product_attention:
-            operands = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
-            query, key, value = (operand.shape for operand in operands[:3])
+            query, key, value = (operand.shape for operand in given_operands(args, kwargs))
             # every query meets every key (of the query's width) and every value (of its own)
             self.attention[self._running[-1]] += query[:-1].numel() * key[-2] * (query[-1] + value[-1])
         result = function(*args, **kwargs)
@@ -250,7 +257,7 @@ def _observed(denoiser: nn.Module) -> Iterator[_Observation]:
                 stack.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
             parameter = next(module.parameters(), None)
             if parameter is not None and (isinstance(module, QUANTIZABLE) or _is_norm(module)):
-                returned = functools.partial(seen.origins.returned, name, len(parameter))
+                returned = functools.partial(seen.returned, name, len(parameter))
                 stack.callback(module.register_forward_hook(returned).remove)
             stack.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
         stack.enter_context(wrapped(nn.Module, "parameters", watched))
@@ -272,43 +279,23 @@ def _layer_runs(denoiser: nn.Module, call: Call) -> dict[str, list[_Run]]:
     return seen.layers
 
 
-def _verified(denoiser: nn.Module, call: Call, seen: _Observation) -> dict[str, Origin]:
-    """The origins that are really such: another order of channels in between, say, shows when they are scaled (in all
-    that follows, so that what comes after counts as none either)."""
+def _verified(denoiser: nn.Module, call: Call, seen: _Observation, output: Tensor) -> dict[str, Origin]:
+    """The origins that are really such: when they are scaled, another order of channels in between shows in what the
+    layer reads (and in all that follows, which counts as none either), another reader in the output."""
     origins = seen.origins.found()
-    if not origins:
-        return {}
-    with scaled(denoiser, origins):
-        runs = _layer_runs(denoiser, call)
-
-    def same(layer: str) -> bool:
-        (one,), (other,) = seen.layers[layer], runs[layer]
-        return math.isclose(one.checksum[1], other.checksum[1], rel_tol=1e-4)
-
-    return {layer: origin for layer, origin in origins.items() if same(layer)}
-
-
-def _layer_info(
-    name: str,
-    layer: nn.Module,
-    runs: list[_Run],
-    batch: int,
-    *,
-    sees_sample: bool,
-    sees_timestep: bool,
-    origin: Origin | None,
-) -> LayerInfo:
-    weight = weight_of(layer)
-    positions = [run.output_shape.numel() // len(weight) for run in runs]
-    return LayerInfo(
-        name,
-        macs=sum(positions) * weight.numel() // batch,
-        positions=positions[0] // batch,
-        parts=runs[0].parts,
-        sees_sample=sees_sample,
-        sees_timestep=sees_timestep,
-        origin=origin,
-    )
+    while origins:
+        with scaled(denoiser, origins), _observed(denoiser) as again:
+            scaled_output = run(denoiser, call)
+        alike = {
+            layer: origin
+            for layer, origin in origins.items()
+            if math.isclose(seen.layers[layer][0].checksum[1], again.layers[layer][0].checksum[1], rel_tol=1e-4)
+        }
+        if alike == origins:
+            same = (scaled_output - output).norm() <= 1e-3 * output.norm()
+            return origins if bool(same) else {}
+        origins = alike
+    return {}
 
 
 def _perturbed(denoiser: nn.Module, call: Call) -> tuple[Call, Call]:

@@ -227,7 +227,8 @@ def _gpu_is_free() -> bool:
 
 
 def _cpu_settings() -> tuple[Hashable, ...]:
-    return torch.get_num_threads(), current_instruction_set(), torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return torch.get_num_threads(), current_instruction_set(), autocast
 
 
 def _gpu_settings() -> tuple[Hashable, ...]:

@@ -41,7 +41,7 @@ def record(
     if bf16:
         plan["bf16"] = True
     writer = PoolWriter(folder, plan, _train_timesteps(source))
-    for numbers in batches(images, batch_size)[len(writer) :]:
+    for numbers in batches(images, batch_size, sampling)[len(writer) :]:
         progress(numbers.start, images)
         writer.add(_trajectory(source, numbers, bf16, sampling, writer.examples))
     progress(images, images)
@@ -58,7 +58,7 @@ def stream(
 ) -> Iterator[Pool]:
     """What :func:`record` writes, a pool in memory for every pipeline batch, made when asked for."""
     shards: list[Shard] = []
-    for numbers in batches(images, batch_size):
+    for numbers in batches(images, batch_size, sampling):
         shards = _trajectory(source, numbers, bf16, sampling, shards)
         yield Pool(shards, _train_timesteps(source))
 

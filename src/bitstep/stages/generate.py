@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bitstep.denoiser.calls import wrapped
 from bitstep.errors import BitstepError, UsageError, first_line
 from bitstep.randomness import generator
-from bitstep.stages.pictures import MASK, STARTS, starts
+from bitstep.stages.pictures import MASK, PARAMETERS, picture_arguments
 
 PROMPTS = (
     "a red fox sitting in the snow at dusk",
@@ -69,11 +69,6 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     )
 
 
-def batches(images: int, batch_size: int) -> list[range]:
-    """Image numbers 0..images-1 in consecutive batches."""
-    return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
-
-
 class Inputs(TypedDict):
     """What a user may give a pipeline: see :class:`Sampling`."""
 
@@ -98,6 +93,13 @@ class Sampling(Inputs):
     size: NotRequired[str | None]
 
 
+def batches(images: int, batch_size: int, sampling: Sampling) -> list[range]:
+    """Image numbers 0..images-1 in consecutive batches; of one where they start from pictures, since several are to
+    some pipelines one for each image, to others (Flux 2, Qwen-Image-Edit) references of all."""
+    size = 1 if sampling.get("pictures") else batch_size
+    return [range(start, min(start + size, images)) for start in range(0, images, size)]
+
+
 def read_size(size: str | None) -> dict[str, int]:
     """What a pipeline is told of a ``size``, by the names of its parameters."""
     if size is None:
@@ -111,7 +113,7 @@ def generate(
     pipeline: DiffusionPipeline, *, images: int, batch_size: int, **sampling: Unpack[Sampling]
 ) -> Iterator[Tensor]:
     """Pictures of image numbers 0..images-1, batch by batch: float ``[batch, channels, height, width]`` in [0, 1]."""
-    for numbers in batches(images, batch_size):
+    for numbers in batches(images, batch_size, sampling):
         yield generate_batch(pipeline, numbers, output_type="pt", **sampling)
 
 
@@ -134,12 +136,9 @@ def generate_batch(
         try:
             return _as_tensor(pipeline(**{key: value for key, value in arguments.items() if key in parameters})[0])
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            advice = ""
-            if set(STARTS) & parameters.keys():
-                # by its signature a picture may be left out, but not every pipeline can do without
-                advice = "; if it needs pictures, give it a folder of them: --pictures"
-                if sampling.get("pictures"):
-                    advice = "; if it takes one picture at a time, make batches of one" if len(numbers) > 1 else ""
+            # by its signature a picture may be left out, but not every pipeline can do without
+            lacks_pictures = set(PARAMETERS) & parameters.keys() and not sampling.get("pictures")
+            advice = "; if it needs pictures, give it a folder of them: --pictures" if lacks_pictures else ""
             raise BitstepError(f"{name} failed, in {sampling['steps']} steps: {first_line(error)}{advice}") from error
 
 
@@ -148,7 +147,7 @@ def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Paramet
     name = type(pipeline).__name__
     if sampling.get("prompts") is not None and "prompt" not in parameters:
         raise UsageError(f"{name} takes no prompts")
-    if sampling.get("pictures") is not None and not set(STARTS) & parameters.keys():
+    if sampling.get("pictures") is not None and not set(PARAMETERS) & parameters.keys():
         raise UsageError(f"{name} takes no pictures")
     if sampling.get("guidance_scale") is not None and "guidance_scale" not in parameters:
         raise UsageError(f"{name} takes no guidance scale")
@@ -180,8 +179,9 @@ def _arguments(
         **size,
     }
     if files := sampling.get("pictures"):
+        (number,) = numbers
         sides = (size["width"], size["height"]) if size else None
-        arguments |= starts(parameters, files, numbers, seed=sampling["seed"], size=sides)
+        arguments |= picture_arguments(files, number, sampling["seed"], sides)
     if classes := _classes(pipeline):
         arguments["class_labels"] = [_label(sampling["seed"], number, classes) for number in numbers]
     if (guidance_scale := sampling.get("guidance_scale")) is not None:
@@ -192,7 +192,7 @@ def _arguments(
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
     ]
     if missing:
-        advice = " (pictures are given by --pictures)" if set(missing) <= {*STARTS, MASK} else ""
+        advice = " (pictures are given by --pictures)" if set(missing) <= {*PARAMETERS, MASK} else ""
         raise BitstepError(f"cannot run {type(pipeline).__name__}: it also needs {', '.join(missing)}{advice}")
     return arguments
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -14,8 +13,8 @@ from bitstep.randomness import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-STARTS = ("image", "control_image")
-"""Parameters of pipelines that a picture is given to."""
+PARAMETERS = ("image", "control_image")
+"""Those of pipelines that a picture is given to."""
 
 MASK = "mask_image"
 
@@ -36,30 +35,24 @@ def find_pictures(folder: str | Path | None) -> list[str] | None:
 
 
 def read_picture(path: str | Path) -> Image.Image:
+    """RGB, the right way up."""
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except Exception as error:  # Pillow raises all kinds for a damaged file
         raise BitstepError(f"cannot read the picture {path}: {error}") from error
 
 
-def starts(
-    parameters: Container[str], files: Sequence[str], numbers: Sequence[int], *, seed: int, size: Sequence[int] | None
-) -> dict[str, Any]:
-    """What images ``numbers`` start from, for those of a pipeline's ``parameters`` that take a picture or a mask.
+def picture_arguments(
+    files: Sequence[str], number: int, seed: int, size: tuple[int, int] | None
+) -> dict[str, Image.Image]:
+    """What image ``number`` starts from, for every parameter that takes a picture or a mask.
 
-    Pictures are cropped and scaled to ``size``, (width, height), where it is given. A mask, white where something new
-    is to be painted, depends on (seed, number) alone.
+    Pictures are cropped and scaled to ``size``, (width, height), or that of the first one. The mask, white where
+    something new is to be painted, depends on (seed, number) alone.
     """
-    pictures = [read_picture(files[number % len(files)]) for number in numbers]
-    if size is not None:
-        pictures = [ImageOps.fit(picture, (size[0], size[1])) for picture in pictures]
-    if len(sizes := {picture.size for picture in pictures}) > 1:
-        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:3])
-        raise UsageError(f"pictures that start a batch have one size, found {shown}: give them all one, WIDTHxHEIGHT")
-    masks = [_mask(picture.size, seed, number) for picture, number in zip(pictures, numbers, strict=True)]
-    given = dict.fromkeys(STARTS, pictures) | {MASK: masks}
-    # (not all pipelines take a list)
-    return {name: all_[0] if len(all_) == 1 else all_ for name, all_ in given.items() if name in parameters}
+    size = size or read_picture(files[0]).size
+    picture = ImageOps.fit(read_picture(files[number % len(files)]), size)
+    return dict.fromkeys(PARAMETERS, picture) | {MASK: _mask(size, seed, number)}
 
 
 def _mask(size: tuple[int, int], seed: int, number: int) -> Image.Image:

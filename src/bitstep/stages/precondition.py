@@ -91,4 +91,6 @@ def finished(source: Source, denoiser: nn.Module, batch_size: int, **sampling: U
     """What ``IMAGES`` trajectories of the pipeline end with when ``denoiser`` answers in the place of its own."""
     own = denoiser is source.denoiser
     with nullcontext() if own else wrapped(source.denoiser, "forward", lambda _: partial(denoiser)):
-        return torch.cat([generate_latents(source.pipeline, n, **sampling) for n in batches(IMAGES, batch_size)])
+        return torch.cat(
+            [generate_latents(source.pipeline, n, **sampling) for n in batches(IMAGES, batch_size, sampling)]
+        )

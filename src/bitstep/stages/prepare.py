@@ -26,7 +26,7 @@ from bitstep.progress import Progress, silent
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
-from bitstep.stages.ranges import Observed, observe
+from bitstep.stages.ranges import Observations, Observed, observe
 from bitstep.stages.rewrite import Rewritten, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.trajectories.pool import Pool
@@ -87,7 +87,7 @@ def prepare(
     weight_only = activation_bits == WEIGHT_ONLY_BITS and method.rewrites
     names = [layer.name for layer in plan.layers if layer.activation_bits is not None or weight_only]
     sites = [site.name for site in plan.attention]
-    observed = {}
+    observed = Observations()
     if names or sites:
         observed = observe(
             teacher,
@@ -99,13 +99,13 @@ def prepare(
             progress=progress,
         )
         plan = _with_known_attention(plan, observed)
-    rewritten = rewrite(teacher, structure, method.rewrites, observed)
+    rewritten = rewrite(teacher, structure, method.rewrites, observed.layers)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
 
     student = copy.deepcopy(teacher)
     builder = _Builder(method, seed, cursor, observed, rewritten)
-    for origin, (reader, *_) in rewritten.folded.items():
-        divide(student, origin, rewritten.scales[reader])
+    for origin, scale in rewritten.divisors():
+        divide(student, origin, scale)
     layers = _replace_layers(student, plan, builder.layer)
     attention = {}
     for site in plan.attention:
@@ -130,9 +130,9 @@ def _replace_layers(
     return layers
 
 
-def _with_known_attention(plan: Plan, observed: Mapping[str, Observed]) -> Plan:
+def _with_known_attention(plan: Plan, observed: Observations) -> Plan:
     """``plan`` without the attention whose operands could not be observed."""
-    known = tuple(site for site in plan.attention if f"{site.name}.{OPERANDS[0]}" in observed)
+    known = tuple(site for site in plan.attention if site.name in observed.operands)
     if left := len(plan.attention) - len(known):
         warnings.warn(f"{left} modules compute attention sample by sample: it stays in floating point", stacklevel=2)
     return replace(plan, attention=known)
@@ -181,35 +181,35 @@ class _Builder:
     method: Method
     seed: int
     cursor: StepCursor
-    observed: Mapping[str, Observed]
+    observed: Observations
     rewritten: Rewritten
 
     def layer(self, plan: LayerPlan, module: nn.Module) -> FakeQuantized:
         assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-        weight, seen, reciprocal, input_quantizer = module.weight.detach(), self.observed.get(plan.name), None, None
+        weight, seen, input_quantizer = module.weight.detach(), self.observed.layers.get(plan.name), None
         scale = self.rewritten.scales.get(plan.name)
         if scale is not None:
             assert seen is not None
             weight, seen = stretched(weight, scale, groups_of(module)), seen.divided(scale)
-            inside = any(plan.name in readers for readers in self.rewritten.folded.values())
-            reciprocal = None if inside else 1 / scale
         if plan.activation_bits is not None:
             assert seen is not None
             how = self.method.activations
             input_quantizer = self._quantizer(seen, plan.activation_bits, how.range, signed=how.signed)
         # what is not trained needs no adapters, and no rounding to be learned
         weights = self.method.weights if plan.trained or plan.weight_bits == 1 else UniformWeights()
-        quantized = FakeQuantized(module, weights.build(weight, plan, self.seed), input_quantizer, reciprocal)
+        quantized = FakeQuantized(
+            module, weights.build(weight, plan, self.seed), input_quantizer, self.rewritten.reciprocal(plan.name)
+        )
         return quantized.to(module.weight.device)
 
     def attention(self, plan: AttentionPlan) -> AttentionQuantizer:
         return AttentionQuantizer({operand: self._operand(plan, operand) for operand in OPERANDS})
 
     def _operand(self, plan: AttentionPlan, operand: str) -> ActivationQuantizer:
-        seen, how = self.observed[f"{plan.name}.{operand}"], self.method.activations
-        for origin, (reader, *_) in self.rewritten.folded.items():
+        seen, how = self.observed.operands[plan.name][operand], self.method.activations
+        for origin, scale in self.rewritten.divisors():
             if operand == "value" and origin.attention == plan.name:
-                seen = seen.divided(self.rewritten.scales[reader])
+                seen = seen.divided(scale)
         if operand != "probability":
             return self._quantizer(seen, plan.bits, how.range, signed=how.signed)
         # from 0 to the largest, whatever the recipe: most are next to nothing, and what counts are the rare large ones

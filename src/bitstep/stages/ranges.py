@@ -1,11 +1,11 @@
-"""Calibrate, second half: activation ranges per (layer, timestep) from the recorded calls."""
+"""Calibrate: activation ranges per (layer, timestep) from the recorded calls."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,16 @@ class Observed:
         return search_range(values, bits, symmetric=signed, method=method, low=low, high=high)
 
 
+@dataclass(frozen=True)
+class Observations:
+    """layers: inputs of layers
+    operands: of the attention that modules compute, by module and operand
+    """
+
+    layers: dict[str, Observed] = field(default_factory=dict)
+    operands: dict[str, dict[str, Observed]] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def observe(
     denoiser: nn.Module,
@@ -61,10 +71,10 @@ def observe(
     images: int,
     batch_size: int,
     progress: Progress = silent,
-) -> dict[str, Observed]:
-    """Inputs of the named layers at every key timestep, and under ``MODULE.OPERAND`` the operands of the attention that
-    the modules ``attention`` compute; of what runs several times in a forward pass, the first. Attention that is
-    computed sample by sample is left out: it does not tell which sample's.
+) -> Observations:
+    """Inputs of the named layers at every key timestep, and the operands of the attention that the modules
+    ``attention`` compute; of what runs several times in a forward pass, the first. Attention that is computed sample by
+    sample is left out: it does not tell which sample's.
 
     The denoiser runs on the recorded calls of ``images`` trajectories, ``batch_size`` of them at a time.
     """
@@ -92,8 +102,9 @@ class _Observer:
 
     def __init__(self, steps: int) -> None:
         self._steps, self._row = steps, 0
-        self._rows: dict[str, list[Observed]] = {}
-        self._parts: dict[str, list[Observed]] = {}  # of this row, a forward pass each
+        # by layer and "", or by module and operand
+        self._rows: dict[tuple[str, str], list[Observed]] = {}
+        self._parts: dict[tuple[str, str], list[Observed]] = {}  # of this row, a forward pass each
         self._runs: Counter[str] = Counter()  # in this forward pass
         self._samples = 0  # of it
         self._apart: set[str] = set()  # modules that compute attention sample by sample
@@ -106,7 +117,7 @@ class _Observer:
     def layer(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._runs[name] += 1
         if self._runs[name] == 1:
-            self._keep(name, input_of(args, kwargs).float().movedim(channel_axis(layer), 0).flatten(1))
+            self._keep((name, ""), input_of(args, kwargs).float().movedim(channel_axis(layer), 0).flatten(1))
 
     def operand(self, name: str, operand: str, x: Tensor) -> Tensor:
         self._runs[name] += operand == OPERANDS[0]
@@ -116,23 +127,28 @@ class _Observer:
             # of values the channels count: a layer that they go to may scale them
             by_channel = operand == "value" and x.ndim == 4
             rows = x.permute(1, 3, 0, 2).flatten(0, 1) if by_channel else x.reshape(1, -1)
-            self._keep(f"{name}.{operand}", rows.float().flatten(1))
+            self._keep((name, operand), rows.float().flatten(1))
         return x
 
     def finish_row(self) -> None:
-        for name, seen in self._parts.items():
-            self._rows.setdefault(name, []).append(_together(seen))
+        for key, seen in self._parts.items():
+            self._rows.setdefault(key, []).append(_together(seen))
         self._parts.clear()
         self._row += 1
 
-    def found(self) -> dict[str, Observed]:
-        left_out = {f"{name}.{operand}" for name in self._apart for operand in OPERANDS}
-        return {name: _stacked(rows) for name, rows in self._rows.items() if name not in left_out}
+    def found(self) -> Observations:
+        observations = Observations()
+        for (name, operand), rows in self._rows.items():
+            if not operand:
+                observations.layers[name] = _stacked(rows)
+            elif name not in self._apart:
+                observations.operands.setdefault(name, {})[operand] = _stacked(rows)
+        return observations
 
-    def _keep(self, name: str, x: Tensor) -> None:
+    def _keep(self, key: tuple[str, str], x: Tensor) -> None:
         """``x``: ``[channels, n]``."""
-        seen = self._parts.setdefault(name, [])
-        random = generator(0, name, self._row + len(seen) * self._steps)
+        seen = self._parts.setdefault(key, [])
+        random = generator(0, ".".join(filter(None, key)), self._row + len(seen) * self._steps)
         places = torch.randint(x.numel(), (VALUES_PER_STEP,), generator=random)
         channels = places // x.shape[1]
         values = x[channels.to(x.device), (places % x.shape[1]).to(x.device)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitstep.denoiser.layers import groups_of, weight_of
 from bitstep.denoiser.origins import Origin
-from bitstep.denoiser.structure import Structure
+from bitstep.denoiser.structure import Structure, blocks
 from bitstep.methods.base import Rewrite
 from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
 from bitstep.stages.ranges import Observed
@@ -33,6 +33,17 @@ class Rewritten:
     scales: dict[str, Tensor]
     folded: dict[Origin, list[str]]
     statistics: dict[str, dict[str, StretchStatistics]]
+
+    def reciprocal(self, layer: str) -> Tensor | None:
+        """1 / s where the layer itself has to multiply its input by it."""
+        if layer not in self.scales or any(layer in readers for readers in self.folded.values()):
+            return None
+        return 1 / self.scales[layer]
+
+    def divisors(self) -> Iterator[tuple[Origin, Tensor]]:
+        """What takes 1 / s, and s ``[channels]``."""
+        for origin, (reader, *_) in self.folded.items():
+            yield origin, self.scales[reader]
 
 
 def rewrite(
@@ -70,15 +81,21 @@ def scales_of(
 def _together(
     teacher: nn.Module, structure: Structure, observed: Mapping[str, Observed]
 ) -> Iterator[tuple[list[str], Origin | None]]:
-    """Layers that share one s, with what takes 1 / s: all that read an origin, where all of them are observed and of
-    one shape. Every other layer by itself."""
-    alone = [info.name for info in structure.layers if info.name in observed]
-    for origin in dict.fromkeys(info.origin for info in structure.layers if info.origin is not None):
-        names = [info.name for info in structure.layers if info.origin == origin]
+    """Layers that share one s, with what takes 1 / s: all that read an origin, where all of them are observed, of one
+    shape, and in its block if it is in one: what a block returns stays the same. Every other layer by itself."""
+    paths = [block.name for block in blocks(teacher, structure)]
+
+    def block_of(name: str) -> str | None:
+        return next((path for path in paths if f"{name}.".startswith(f"{path}.")), None)
+
+    readers: dict[Origin | str, list[str]] = {}
+    for info in structure.layers:
+        readers.setdefault(info.origin or info.name, []).append(info.name)
+    for origin, names in readers.items():
         layers = [teacher.get_submodule(name) for name in names]
         alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
-        if alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names):
+        together = alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names)
+        if isinstance(origin, Origin) and together and {block_of(origin.module)} in ({None}, {*map(block_of, names)}):
             yield names, origin
-            alone = [name for name in alone if name not in names]
-    for name in alone:
-        yield [name], None
+        else:
+            yield from (([name], None) for name in names if name in observed)

@@ -49,7 +49,7 @@ def sensitivity(
     """
     sampling["steps"] = min(STEPS, sampling["steps"])
     found: dict[float, list[float]] = {}
-    parts = batches(IMAGES, batch_size)
+    parts = batches(IMAGES, batch_size, sampling)
     for part, numbers in enumerate(parts):
         sample = partial(generate_latents, source.pipeline, numbers, **sampling)
         recording = _Recording()

@@ -84,9 +84,11 @@ class Pool:
         return torch.einsum("k,kb...->b...", self.guidance.to(rows), rows.unflatten(0, (self._chunks, -1)))
 
     def indices_at(self, step: int, images: int | None = None) -> Tensor:
-        """Samples whose timestep is ``timesteps[step]``; of the first ``images`` images where that is given."""
+        """Samples whose timestep is ``timesteps[step]``; of the first ``images`` images where that is given, and one of
+        these has it (schedules may follow the size of a picture)."""
         found = torch.nonzero(self.step_of == step).flatten()
-        return found if images is None else found[self._image_of[found] < images]
+        chosen = found if images is None else found[self._image_of[found] < images]
+        return chosen if len(chosen) else found
 
     @property
     def commonest(self) -> Tensor:
