@@ -195,22 +195,23 @@ class StepCursor:
 
 
 def interpolate_scale(scale: Tensor, position: Position) -> Tensor:
-    """Rows of a table of positive scales ``[T]`` -> ``[rows]``, linear in log scale, exact on the keys.
+    """Rows of a table of positive scales ``[T, ...]`` -> ``[rows, ...]``, linear in log scale, exact on the keys.
 
     The power is taken in float64: in float32 its last bit depends on how many rows are computed together.
     """
     low = scale[position.lower]
     if position.fraction is None:
         return low
-    return low * ((scale[position.upper] / low).double() ** position.fraction).to(scale.dtype)
+    return low * ((scale[position.upper] / low).double() ** per_sample(position.fraction, low)).to(scale.dtype)
 
 
 def interpolate(table: Tensor, position: Position) -> Tensor:
-    """Rows of a table ``[T]`` -> float32 ``[rows]``, linear, exact on the keys; zero points are rounded after it."""
+    """Rows of a table ``[T, ...]`` -> float32 ``[rows, ...]``, linear, exact on the keys; zero points are rounded after
+    it."""
     low = table[position.lower].float()
     if position.fraction is None:
         return low
-    return low + (table[position.upper].float() - low) * position.fraction
+    return low + (table[position.upper].float() - low) * per_sample(position.fraction, low)
 
 
 def per_sample(rows: Tensor, x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         )
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self._runs_fused(input_tensor):
+        parts = (self.norm1, self.nonlinearity, self.norm2, self.dropout)
+        if args or kwargs or not _runs_fused(input_tensor, (self.conv1, self.conv2), *parts):
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
         x = _nhwc(input_tensor)
         bias = None
@@ -75,9 +76,6 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
         y = _run(self.conv2, h, _group_norm(self.norm2, "silu"), residual=residual)
         return _nchw(y) if self.output_scale_factor == 1 else _nchw(y) / self.output_scale_factor
-
-    def _runs_fused(self, x: Tensor) -> bool:
-        return _runs_fused(x, (self.conv1, self.conv2), self.norm1, self.nonlinearity, self.norm2, self.dropout)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]

@@ -55,7 +55,13 @@ class Replay:
     """Stands in for a model's forward method; ``known`` is what it knows, by signature. A copy starts anew."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.__setstate__({"model": model})
+        self.model = model
+        self.known: dict[Hashable, Known] = {}
+        self._watch: Watch | None = None
+        self._lock = threading.Lock()  # the memory of a tape serves one call at a time
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)
 
     # a compiler would follow the calls into the library, and break at each
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -70,15 +76,6 @@ class Replay:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(partial(type(self.model).forward, self.model))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model: nn.Module = state["model"]
-        self.known: dict[Hashable, Known] = {}
-        self._watch: Watch | None = None
-        self._lock = threading.Lock()  # the memory of a tape serves one call at a time
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
@@ -129,22 +126,23 @@ class Watch:
                 module.run  # noqa: B018  (prepared now, not while a forward pass is recorded)
         rows = (module.rows for module in modules if isinstance(module, PackedModule | PackedAttention))
         cursors = {found.cursor for found in rows if found is not None}
-        self.refusal: str | None = None
-        if len(cursors) > 1:
-            self.refusal = "layers of several models share it"
         self._inner = modules[1:]
         self._handles = RemovableHandle.next_id
         self._hooked = self._has_hooks()
-        if self._hooked:
-            self.refusal = "there are hooks inside"
-        processors = filter(None, (getattr(m, "processor", None) for m in self._inner))
-        if any(not type(p).__module__.startswith("diffusers.") for p in processors):
-            self.refusal = "an attention processor may do more than compute"
+        self.refusal = self._why_not(cursors)
         self._cursor: StepCursor | None = next(iter(cursors), None)
         self._live = [part for module in modules for part in _parts(module)]
         self._then = [part.copy() for part in self._live]
         self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._tensors_then = list(chain.from_iterable(d.values() for d in self._tensors))
+
+    def _why_not(self, cursors: set[StepCursor]) -> str | None:
+        processors = filter(None, (getattr(module, "processor", None) for module in self._inner))
+        if any(not type(processor).__module__.startswith("diffusers.") for processor in processors):
+            return "an attention processor may do more than compute"
+        if self._hooked:
+            return "there are hooks inside"
+        return "layers of several models share it" if len(cursors) > 1 else None
 
     def _has_hooks(self) -> bool:
         return any(map(is_watched, self._inner))

@@ -49,8 +49,6 @@ class StepRows:
     def _look_up(self, position: Position, device: torch.device) -> dict[Table, tuple[Tensor, Tensor]]:
         beside = {table: buffers for table in self.tables if (buffers := _buffers(table))[0].device == device}
         position = position.to(device)
-        fraction = None if position.fraction is None else position.fraction[:, None]
-        position = Position(position.lower, position.upper, fraction)
         scale, zero_point = (torch.stack(buffers, 1) for buffers in zip(*beside.values(), strict=True))
         scale = interpolate_scale(scale, position).T.contiguous()
         zero_point = interpolate(zero_point, position).round().T.contiguous()
