@@ -24,7 +24,7 @@ from bitstep.randomness import draw
 from bitstep.trajectories.recording import OUTPUT, Shard, fit_guidance
 
 INDEX = "pool.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class Pool:
@@ -172,7 +172,7 @@ class PoolWriter:
     @property
     def examples(self) -> list[Shard]:
         """The first shard with each skeleton."""
-        skeletons = [entry["call"] for entry in self._index["shards"]]
+        skeletons = [entry["skeleton"] for entry in self._index["shards"]]
         firsts = [number for number, skeleton in enumerate(skeletons) if skeletons.index(skeleton) == number]
         return [_open_shard(self._folder, self._index, number) for number in firsts]
 
@@ -181,7 +181,7 @@ class PoolWriter:
         start = len(self._index["shards"])
         index = self._index | {
             "batches": len(self) + 1,
-            "shards": self._index["shards"] + [_described(shard) for shard in shards],
+            "shards": self._index["shards"] + [shard.described() for shard in shards],
         }
         path = self._folder
         try:
@@ -222,18 +222,6 @@ def _shape_of_a_row(shard: Shard, name: str) -> list[int]:
     return shape[1:] if name in shard.batched else shape
 
 
-def _described(shard: Shard) -> dict[str, Any]:
-    """All but the tensors, JSON."""
-    return {
-        "call": shard.skeleton,
-        "batched": dict(shard.batched),
-        "varying": list(shard.varying),
-        "images": list(shard.images),
-        "grams": [None if gram is None else gram.tolist() for gram in shard.grams],
-        "handed": shard.handed,
-    }
-
-
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"calls-{number:05d}.safetensors"
 
@@ -245,9 +233,7 @@ def _open_shard(folder: Path, index: Mapping[str, Any], number: int) -> Shard:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BitstepError(f"cannot read {path} ({error}): delete {folder} and calibrate again") from error
-    grams = tuple(None if g is None else torch.tensor(g, dtype=torch.float64) for g in entry["grams"])
-    varying, images = tuple(entry["varying"]), tuple(entry["images"])
-    return Shard(tensors, entry["call"], entry["batched"], varying, images, grams, entry["handed"])
+    return Shard.of(tensors, entry)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

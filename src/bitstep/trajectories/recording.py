@@ -59,6 +59,18 @@ class Shard:
     grams: tuple[Tensor | None, ...]
     handed: int
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Self:
+        """The shard that :meth:`described` itself so."""
+        grams = (None if g is None else torch.tensor(g, dtype=torch.float64) for g in description["grams"])
+        images, varying = tuple(description["images"]), tuple(description["varying"])
+        return cls(tensors, **{**description, "grams": tuple(grams), "images": images, "varying": varying})
+
+    def described(self) -> dict[str, Any]:
+        """All but the tensors, JSON."""
+        description = {name: value for name, value in vars(self).items() if name != "tensors"}
+        return description | {"grams": [None if gram is None else gram.tolist() for gram in self.grams]}
+
     @property
     def timesteps(self) -> Tensor:
         """``[calls, rows]``"""
