@@ -120,6 +120,11 @@ def test_a_pipeline_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         sample(pipeline, num=1, batch_size=1, steps=2, seed=0)
 
 
+def test_a_seed_that_is_none(plain_pipeline: Path) -> None:
+    with pytest.raises(UsageError, match="seed -5 is out of range: expected 0 to"):
+        api.sample(plain_pipeline, num=1, steps=1, seed=-5)
+
+
 def test_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitstep.stages.sample.generate", lambda *_, **__: iter([torch.zeros(1, 2, 64)]))
     with pytest.raises(BitstepError, match=r"makes no pictures but \[1, 2, 64\]"):

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bitstep.arguments import as_list, at_least
+from bitstep.arguments import as_list, at_least, check_seed
 from bitstep.errors import UsageError
 from bitstep.files import check_path, write_atomically
 from bitstep.progress import SILENT, Progress, Reporter, silent
@@ -193,6 +193,7 @@ def _sampling(
     pictures: str | Path | None,
     size: str | None,
 ) -> Sampling:
+    check_seed(seed)
     return {
         "steps": steps or default_steps(model.pipeline),
         "seed": seed,

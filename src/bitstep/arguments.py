@@ -17,6 +17,12 @@ def at_least(least: int, **numbers: int | None) -> None:
             raise UsageError(f"{name.replace('_', ' ')} {number} is too small: expected at least {least}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise UsageError for what is no seed."""
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
+
+
 def as_list(given: str | Path | Iterable[str | Path]) -> list[str]:
     """One value, or an iterable of them, as a list of strings."""
     return [str(each) for each in ([given] if isinstance(given, str | Path) else given)]

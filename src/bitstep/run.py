@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from bitstep.arguments import as_list
+from bitstep.arguments import as_list, check_seed
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods.base import Context, Effort, Phase
 from bitstep.numerics.dilation import summary
@@ -64,8 +64,7 @@ def quantize(
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, as_list(overrides))
     inputs: Inputs = {"prompts": read_prompts(prompts), "pictures": find_pictures(pictures)}
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"seed {seed} is out of range: expected 0 to 2**64 - 1")
+    check_seed(seed)
     if data is not None:
         _check_data(Path(data), resolved)
     identity = {
