@@ -68,7 +68,7 @@ def quantize(
     if data is not None:
         _check_data(Path(data), resolved)
     identity = {
-        "source": source,
+        "source": str(Path(source).resolve()) if Path(source).exists() else source,
         "seed": seed,
         "effort": effort,
         **inputs,

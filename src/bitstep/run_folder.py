@@ -235,8 +235,10 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict):
         return None
     content.pop("versions", None)
     return content
