@@ -48,9 +48,10 @@ PUBLISHED_RATES = [
     "training.0.learning_rates="
     "{weight: 0.001, weight_scale: 0.0001, activation_scale: 0.0001, activation_zero_point: 0.001}"
 ]  # of lsq, whose short efforts move ten times as fast
+WITHOUT_WARM_UP = ["training.0.techniques=[{kind: mimicking}]"]
 TECHNIQUES: tuple[list[str], ...] = (
     ["training.0.techniques=[]"],
-    ["training.0.techniques=[{kind: mimicking}]"],
+    WITHOUT_WARM_UP,
     ["training.0.techniques=[{kind: mimicking, rank: 1.0}]"],
     ["training.0.techniques=[{kind: warm-up, share: 0.1}]"],
     [],
@@ -60,6 +61,7 @@ PUBLISHED_PENALTY = [
 ]  # of binarydm-ebb, whose short efforts have a hundred times it
 AS_LONG = ["training.0.iterations=2400"]  # the baseline's, to be compared with best-binary
 SEVENFOLD = ["training.0.batch_size=32", "training.0.iterations=2000"]  # samples, where what counts are these
+THIRTEENFOLD = ["training.0.batch_size=32", "training.0.iterations=4000"]
 SUMMARY = (
     "lsq W4A4",
     "efficientdm W4A4",
@@ -103,8 +105,11 @@ def league(images: str) -> Iterator[tuple[str, str, list[str], str | None]]:
     yield "best-binary", "W1.1A4", [], None
     yield "best-binary", "W1.1A4", ["weights.allocation=resolution"], None
     yield "binary-baseline", "W1A4", AS_LONG, images
-    yield "binary-baseline", "W1A4", SEVENFOLD, images
-    yield "binarydm", "W1.1A4", SEVENFOLD, images
+    for longer in (SEVENFOLD, THIRTEENFOLD):
+        yield "binary-baseline", "W1A4", longer, images
+        yield "binarydm", "W1.1A4", longer, images
+    yield "binarydm", "W1.1A4", [*THIRTEENFOLD, *WITHOUT_WARM_UP], images
+    yield "binarydm-ebb", "W1A4", THIRTEENFOLD, images
 
 
 def main() -> None:

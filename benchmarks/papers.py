@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from league import AS_LONG, EVERYTHING, PUBLISHED_RATES, SEVENFOLD
+from league import AS_LONG, EVERYTHING, PUBLISHED_RATES, SEVENFOLD, THIRTEENFOLD, WITHOUT_WARM_UP
 from pages import markdown, put
 from quality import load_results, parser, several_seeds
 
@@ -45,6 +45,9 @@ BASELINE = Name("binary-baseline", "W1A4", data=IMAGES)
 BASELINE_AS_LONG = Name("binary-baseline", "W1A4", overrides=tuple(AS_LONG), data=IMAGES)
 BASELINE_SEVENFOLD = Name("binary-baseline", "W1A4", overrides=tuple(SEVENFOLD), data=IMAGES)
 BINARYDM_SEVENFOLD = Name("binarydm", "W1.1A4", overrides=tuple(SEVENFOLD), data=IMAGES)
+BASELINE_LONG = Name("binary-baseline", "W1A4", overrides=tuple(THIRTEENFOLD), data=IMAGES)
+BINARYDM_LONG = Name("binarydm", "W1.1A4", overrides=tuple(THIRTEENFOLD), data=IMAGES)
+UNWARMED_LONG = Name("binarydm", "W1.1A4", overrides=(*THIRTEENFOLD, *WITHOUT_WARM_UP), data=IMAGES)
 BINARYDM = Name("binarydm", "W1.1A4", data=IMAGES)
 WITHOUT_DATA = Name("binarydm", "W1.1A4")
 BEST_BINARY = Name("best-binary", "W1.1A4")
@@ -61,6 +64,8 @@ RATIOS = (
     ),
     (BASELINE, BINARYDM, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
     (BASELINE_SEVENFOLD, BINARYDM_SEVENFOLD, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
+    (BASELINE_LONG, BINARYDM_LONG, DISTANCE, "5.6 (BinaryDM, bedrooms)"),
+    (UNWARMED_LONG, BINARYDM_LONG, DISTANCE, ""),
     (BASELINE_AS_LONG, BEST_BINARY, DISTANCE, ""),
     (BASELINE_SEVENFOLD, BEST_BINARY, DISTANCE, ""),
     (BINARYDM, WITHOUT_DATA, DISTANCE, ""),
