@@ -191,6 +191,8 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path) -> None:
                 "activation_bits": 4,
                 "steps": 4,
                 "channel_reciprocal": False,
+                "input_divided": False,
+                "output_divided": False,
                 "macs": 540,
             },
             "conv_out": {
@@ -200,6 +202,8 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path) -> None:
                 "activation_bits": None,
                 "steps": 0,
                 "channel_reciprocal": True,
+                "input_divided": False,
+                "output_divided": False,
                 "macs": 540,
             },
         },

@@ -45,6 +45,8 @@ class LayerEntry(_Strict):
     activation_bits: int | None = Field(ge=1, le=8)
     steps: int = Field(ge=0)
     channel_reciprocal: bool
+    input_divided: bool = False
+    output_divided: bool = False
     macs: int = Field(ge=0, lt=2**63)
 
     @model_validator(mode="after")

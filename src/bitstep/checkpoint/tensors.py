@@ -37,7 +37,7 @@ def refusal(layer: PackedModule | PackedAttention | Preconditioning, name: str, 
             return _within(tensor, layer_format.activation_bits or 0)
         case "weight_scale" | "bias":
             return _finite(tensor)
-        case "input_scale" | "input_channel_reciprocal":
+        case "input_scale" | "input_channel_reciprocal" | "input_divisor" | "output_divisor":
             return _positive(tensor)
     return None
 

@@ -28,6 +28,8 @@ class PackedLayer:
     input_scale, input_zero_point: ``[T]``, one row per key of the grid, or ``[1]`` for a static quantizer; zero points
         integer-valued; None, like ``activation_bits``, for activations in floating point
     channel_reciprocal: ``[in]``, what the input is multiplied by before it is quantized, or None
+    input_divisor, output_divisor: ``[in]``, ``[out]``, what the input was and the output is divided by, or None;
+        for adapters alone (:mod:`bitstep.runtime.adapters`)
     macs: multiply-accumulates of the layer in one forward pass at batch 1
     """
 
@@ -38,6 +40,8 @@ class PackedLayer:
     activation_bits: int | None
     channel_reciprocal: Tensor | None
     macs: int
+    input_divisor: Tensor | None = None
+    output_divisor: Tensor | None = None
 
     def entry(self) -> LayerEntry:
         """The layer's line in the manifest."""
@@ -49,6 +53,8 @@ class PackedLayer:
             activation_bits=self.activation_bits,
             steps=0 if self.input_scale is None else len(self.input_scale),
             channel_reciprocal=self.channel_reciprocal is not None,
+            input_divided=self.input_divisor is not None,
+            output_divided=self.output_divisor is not None,
             macs=self.macs,
         )
 
@@ -61,6 +67,8 @@ class PackedLayer:
             "input_scale": self.input_scale,
             "input_zero_point": None if self.input_zero_point is None else self.input_zero_point.to(torch.uint8),
             "input_channel_reciprocal": self.channel_reciprocal,
+            "input_divisor": self.input_divisor,
+            "output_divisor": self.output_divisor,
             "bias": self.bias,
         }
         return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from bitstep.denoiser.layers import QUANTIZABLE, refusal
 from bitstep.errors import BitstepError
+from bitstep.numerics.dilation import stretched
 from bitstep.numerics.packing import QuantizedWeight, keeping_dtype, pack, packed_size, unpack
 from bitstep.runtime.kernel import CodeKeeper, Forward, Kernel, LayerTensors, Problem, refuse_gradients
 from bitstep.runtime.tables import StepRows, rows_of
@@ -34,7 +35,8 @@ class LayerFormat:
 
     ``weight_bits``, ``bases``, ``symmetric``, ``activation_bits``, ``channel_reciprocal``: as in
     :class:`~bitstep.runtime.kernel.Problem`. ``steps``: rows of the input scales: one per key of the model's step
-    grid, 1 for a static scale, 0 when activations stay floating point.
+    grid, 1 for a static scale, 0 when activations stay floating point. ``input_divided``, ``output_divided``: whether
+    something before the layer divides its input, and the layer its output for something behind it.
     """
 
     weight_bits: int
@@ -43,11 +45,14 @@ class LayerFormat:
     activation_bits: int | None
     steps: int
     channel_reciprocal: bool
+    input_divided: bool = False
+    output_divided: bool = False
 
 
 def layer_problem(layer: Packable, layer_format: LayerFormat, device: str) -> Problem:
     """What a kernel would be asked for ``layer``, a linear layer or convolution, packed as ``layer_format``."""
-    shared: dict[str, Any] = {f.name: getattr(layer_format, f.name) for f in fields(layer_format) if f.name != "steps"}
+    own = {field.name for field in fields(Problem)} & {field.name for field in fields(LayerFormat)}
+    shared: dict[str, Any] = {name: getattr(layer_format, name) for name in own}
     if isinstance(layer, nn.Linear):
         return Problem(
             op="linear",
@@ -87,6 +92,8 @@ class PackedModule(nn.Module):
         input_scale               float32 [steps]       quantized activations
         input_zero_point          uint8   [steps]       quantized activations
         input_channel_reciprocal  float32 [in]          dilated weights
+        input_divisor             float32 [in]          divided input, for adapters alone
+        output_divisor            float32 [out]         divided output, likewise
         bias                      float32 [out]
 
     A kernel that keeps the codes (:class:`~bitstep.runtime.kernel.CodeKeeper`) is their only holder while it is in use;
@@ -101,6 +108,8 @@ class PackedModule(nn.Module):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     input_channel_reciprocal: Tensor | None
+    input_divisor: Tensor | None
+    output_divisor: Tensor | None
     bias: Tensor | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -158,8 +167,15 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, float32, computed whenever its values are read."""
+        """The weight that takes the layer's input as it comes, the channel reciprocals in it: float32, computed
+        whenever its values are read."""
         return _Computed(self)
+
+    def computed_weight(self) -> Tensor:
+        """The values of ``weight``."""
+        tensors = self.tensors()
+        weight, reciprocal = tensors.weight.dequantize(), tensors.channel_reciprocal
+        return weight if reciprocal is None else stretched(weight, reciprocal, self._problem.groups)
 
     def tensors(self) -> LayerTensors:
         """The layer's tensors as kernels take them, the codes unpacked."""
@@ -218,6 +234,8 @@ class PackedModule(nn.Module):
         register("input_zero_point", torch.uint8, form.steps, wanted=form.steps > 0)
         channels = self._problem.in_channels
         register("input_channel_reciprocal", torch.float32, channels, wanted=form.channel_reciprocal)
+        register("input_divisor", torch.float32, channels, wanted=form.input_divided)
+        register("output_divisor", torch.float32, out, wanted=form.output_divided)
         register("bias", torch.float32, out, wanted=bias)
 
     def input_rows(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -265,7 +283,7 @@ class _Computed(Tensor):
         cls, op: OpOverload[Any, Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = args, kwargs or {}
-        args, kwargs = tree_map_only(cls, lambda weight: weight._layer.tensors().weight.dequantize(), given)
+        args, kwargs = tree_map_only(cls, lambda weight: weight._layer.computed_weight(), given)
         return op(*args, **kwargs)
 
     def numpy(self, *, force: bool = False) -> np.ndarray:

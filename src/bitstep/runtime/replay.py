@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from bitstep.denoiser.steps import Position, StepCursor
 from bitstep.library import current_instruction_set
 from bitstep.runtime import graph, tape
+from bitstep.runtime.adapters import fit_adapters
 from bitstep.runtime.attention import PackedAttention, is_watched
 from bitstep.runtime.graph import Graph
 from bitstep.runtime.layers import PackedModule
@@ -78,6 +79,8 @@ class Replay:
         return inspect.signature(partial(type(self.model).forward, self.model))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Layer by layer; whatever is recorded ran so before."""
+        fit_adapters(self.model)
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,15 +30,17 @@ def _layers(student: Student) -> dict[str, PackedLayer]:
     macs = {layer.name: layer.macs for layer in student.plan.layers}
     packed = {}
     for name, layer in student.layers.items():
-        quantizer = layer.input_quantizer
+        quantizer, codes = layer.input_quantizer, layer.weight_quantizer.codes()
         scale, zero_point = (None, None) if quantizer is None else quantizer.tables()
         packed[name] = PackedLayer(
-            weight=layer.weight_quantizer.codes(),
+            weight=codes,
             bias=layer.bias,
             input_scale=scale,
             input_zero_point=zero_point,
             activation_bits=None if quantizer is None else quantizer.bits,
             channel_reciprocal=layer.channel_reciprocal,
+            input_divisor=student.rewritten.input_divisor(name),
+            output_divisor=student.rewritten.output_divisor(name, len(codes.codes[0])),
             macs=macs[name],
         )
     return packed

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bitstep.denoiser.layers import groups_of, weight_of
+from bitstep.denoiser.layers import QUANTIZABLE, groups_of, weight_of
 from bitstep.denoiser.origins import Origin
 from bitstep.denoiser.structure import Structure, blocks
 from bitstep.methods.base import Rewrite
@@ -36,9 +36,19 @@ class Rewritten:
 
     def reciprocal(self, layer: str) -> Tensor | None:
         """1 / s where the layer itself has to multiply its input by it."""
-        if layer not in self.scales or any(layer in readers for readers in self.folded.values()):
-            return None
-        return 1 / self.scales[layer]
+        return 1 / self.scales[layer] if layer in self.scales and self.input_divisor(layer) is None else None
+
+    def input_divisor(self, layer: str) -> Tensor | None:
+        """s where the layer is given x / s instead of x, by what takes the division."""
+        return self.scales[layer] if any(layer in readers for readers in self.folded.values()) else None
+
+    def output_divisor(self, layer: str, channels: int) -> Tensor | None:
+        """What the layer's ``channels`` outputs are divided by, where it takes the division for those that read it."""
+        taken = [(origin, scale) for origin, scale in self.divisors() if origin.module == layer]
+        divisor = torch.ones(channels)
+        for origin, scale in taken:
+            divisor[origin.start : origin.stop] = scale
+        return divisor if taken else None
 
     def divisors(self) -> Iterator[tuple[Origin, Tensor]]:
         """What takes 1 / s, and s ``[channels]``."""
@@ -81,8 +91,9 @@ def scales_of(
 def _together(
     teacher: nn.Module, structure: Structure, observed: Mapping[str, Observed]
 ) -> Iterator[tuple[list[str], Origin | None]]:
-    """Layers that share one s, with what takes 1 / s: all that read an origin, where all of them are observed, of one
-    shape, and in its block if it is in one: what a block returns stays the same. Every other layer by itself."""
+    """Layers that share one s, with what takes 1 / s: all that read an origin, a norm or a layer that is observed too,
+    where all of them are observed, of one shape, and in its block if it is in one: what a block returns stays the same.
+    Every other layer by itself."""
     paths = [block.name for block in blocks(teacher, structure)]
 
     def block_of(name: str) -> str | None:
@@ -95,7 +106,11 @@ def _together(
         layers = [teacher.get_submodule(name) for name in names]
         alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
         together = alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names)
-        if isinstance(origin, Origin) and together and {block_of(origin.module)} in ({None}, {*map(block_of, names)}):
+        if isinstance(origin, Origin) and together:
+            is_layer = isinstance(teacher.get_submodule(origin.module), QUANTIZABLE)
+            inside = {block_of(origin.module)} in ({None}, {*map(block_of, names)})
+            together = inside and (origin.module in observed or not is_layer)
+        if isinstance(origin, Origin) and together:
             yield names, origin
         else:
             yield from (([name], None) for name in names if name in observed)
