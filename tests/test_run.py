@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,10 @@ def test_only_what_bitstep_wrote_is_overwritten(teacher: str, tmp_path: Path, mo
     (tmp_path / "out.partial" / "text").unlink()
     assert run.quantize(teacher, out="out", **tiny("minmax")) == Path("out")
     before = (tmp_path / "out" / "run" / RUN).stat().st_ino
+    (tmp_path / "out" / "unet" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds unet/mine.txt, which bitstep did not write"):
+        run.quantize(teacher, out="out", overwrite=True, **tiny("minmax"))
+    (tmp_path / "out" / "unet" / "mine.txt").unlink()
     (tmp_path / "out" / "photos").mkdir()
     with pytest.raises(UsageError, match=r"holds .*photos"):
         RunFolder.claim(Path("out"), {}, keep=[Path("out/photos")], resume=False, overwrite=True)
@@ -372,6 +377,39 @@ def test_a_method_without_training_shows_no_training(
     out = run.quantize(teacher, out=tmp_path / "out", progress=Bars(), **tiny("minmax"))
     assert "fine-tune" not in capsys.readouterr().err
     assert not (out / "run" / LOSS).exists()
+
+
+class Lines:
+    """Keeps the lines that a run prints."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stage(self, name: str) -> Any:
+        return nullcontext(lambda *_: None)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_a_damaged_one_how_not(
+    teacher: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments, told = tiny("efficientdm", "quick"), Lines()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.quantize(teacher, out=tmp_path / "out", progress=told, **arguments)
+    assert told.lines[-1] == f"{tmp_path / 'out.partial'} is kept: --resume goes on from here"
+    damaged = tmp_path / "out.partial" / "sensitivity.safetensors"
+    assert damaged.exists()
+    damaged.write_bytes(b"\x08" + bytes(7) + b"not JSON")
+    with pytest.raises(BitstepError, match=r"a file in .*out\.partial is damaged .*--overwrite$"):
+        run.quantize(teacher, out=tmp_path / "out", resume=True, **arguments)
+    assert run.quantize(teacher, out=tmp_path / "out", overwrite=True, **arguments).exists()
 
 
 def test_a_full_gpu_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:

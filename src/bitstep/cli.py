@@ -27,6 +27,7 @@ from bitstep.errors import BitstepError, UsageError
 from bitstep.files import check_path, write_atomically
 from bitstep.progress import Noted
 
+WIDEST = 10_000  # of a table that nobody looks at in a terminal
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -346,7 +347,7 @@ class Bars:
         self._console, self._transient = Console(stderr=True), transient
 
     def line(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Noted]:
@@ -410,7 +411,7 @@ def _print(numbers: Mapping[str, Any]) -> None:
     table = Table(show_header=False)
     for name, value in numbers.items():
         table.add_row(name.replace("_", " "), _show(value))
-    Console().print(table)
+    _put(table)
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -419,7 +420,12 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(_show(value) for value in row.values()))
-    Console().print(table)
+    _put(table)
+
+
+def _put(table: Table) -> None:
+    """To standard output, each row on a line of its own where that is no terminal."""
+    Console(width=None if sys.stdout.isatty() else WIDEST).print(table)
 
 
 def _show(value: Any) -> str:

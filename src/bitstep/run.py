@@ -82,7 +82,7 @@ def quantize(
     if work is None:
         return out
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _in_one_line(device, work):
+    with _in_one_line(device, work, progress):
         loaded = load(source, device=device)
         if dispatch.packed_layers(loaded.denoiser):
             raise UsageError(f"{source} is packed already: give the full-precision pipeline that it was made from")
@@ -107,15 +107,23 @@ def _check_data(data: Path, recipe: Recipe) -> None:
 
 
 @contextmanager
-def _in_one_line(device: str, work: RunFolder) -> Iterator[None]:
+def _in_one_line(device: str, work: RunFolder, progress: Reporter) -> Iterator[None]:
     """Full memories and disks are errors of one line; the run folder is free when everything is over."""
     try:
         yield
+    except KeyboardInterrupt:
+        if work.can_go_on:
+            progress.line(f"{work.path} is kept: --resume goes on from here")
+        raise
     except torch.OutOfMemoryError as error:
         raise BitstepError(
             f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
         ) from error
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        if "deserializing" in str(error):
+            raise BitstepError(f"a file in {work.path} is damaged ({error}): start again with --overwrite") from error
+        raise BitstepError(f"cannot write {work.path}: {error}; --resume goes on from here") from error
+    except OSError as error:
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:

@@ -10,7 +10,8 @@ OUT.partial/           while the run is under way
     loss.csv           the loss curve
     packed/            the result, until it is moved
     whole              says that the result is all there: if it is gone, it was moved
-OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/
+OUT/                   appears whole, by a rename, when all is done; run.json, plan.json and loss.csv go to OUT/run/,
+                       and files.json, which names everything in OUT that is bitstep's
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from bitstep.stages.finetune import TrainingState, load_trained_tensors, moments
 from bitstep.trajectories.pool import INDEX
 
 LOCK, RUN, POOL, STATE, LOSS, PLAN = "lock", "run.json", "pool", "state.safetensors", "loss.csv", "plan.json"
-PACKED, WHOLE = "packed", "whole"
+PACKED, WHOLE, FILES = "packed", "whole", "files.json"
 
 Loss = tuple[int, int, int, float]
 """Phase, unit, iteration, loss."""
@@ -78,6 +79,7 @@ class RunFolder:
             if not overwrite:
                 raise UsageError(f"{out} is not empty: choose another folder, or give --overwrite")
             _check_replaceable(out, [out / "run" / RUN], keep)
+            _check_own(out)
         work = cls(path, out, _locked(path))
         try:
             work._begin(identity, resume=resume, overwrite=overwrite)
@@ -108,6 +110,11 @@ class RunFolder:
         for name in _holds(self.path) - {LOCK}:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is anything recorded that a resumed run would go on with."""
+        return _recorded(self.path)
 
     @property
     def pool(self) -> Path:
@@ -169,6 +176,7 @@ class RunFolder:
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / "run" / name)
         _write_json(folder / "run" / PLAN, plan)
+        _write_json(folder / "run" / FILES, sorted(_files(folder)))
         (self.path / WHOLE).touch()
         if self.out.exists():
             self.out.rename(replaced)
@@ -209,6 +217,23 @@ def _check_replaceable(folder: Path, marks: Sequence[Path], keep: Sequence[Path]
             raise UsageError(f"{folder} cannot be replaced, it holds {kept} that is to be read: choose another folder")
     if not any(mark.is_file() for mark in marks):
         raise UsageError(f"{folder} was not written by bitstep: choose another folder, or remove this one yourself")
+
+
+def _check_own(folder: Path) -> None:
+    """Raise UsageError where the result ``folder`` holds a file that is not bitstep's."""
+    try:
+        own = set(json.loads((folder / "run" / FILES).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{folder} does not say which of its files are bitstep's: remove it yourself") from error
+    if others := _files(folder) - own - {f"run/{FILES}"}:
+        raise UsageError(
+            f"{folder} holds {min(others)}, which bitstep did not write: move it away, or choose another folder"
+        )
+
+
+def _files(folder: Path) -> set[str]:
+    """All files in ``folder``, by their paths from there."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _locked(folder: Path) -> FileLock:
