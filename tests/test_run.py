@@ -205,7 +205,7 @@ def test_failures_leave_nothing_half_written(teacher: str, tmp_path: Path) -> No
         run.quantize(
             teacher,
             out=tmp_path / "rule",
-            **tiny("minmax", overrides="layers.rules=[{match: nope}]"),
+            **tiny("minmax", overrides="layers.rules=[{match: nope, skip: true}]"),
         )
     with pytest.raises(BitstepError, match="does not exist"):
         run.quantize("nowhere", out=tmp_path / "source", **tiny("minmax"))
@@ -339,7 +339,7 @@ def test_what_is_packed_already_is_refused(packed_pipeline: Path, tmp_path: Path
 
 def test_a_typo_in_a_rule_is_found_before_anything_runs(teacher: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(run, "record", pytest.fail)
-    overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear}]"]
+    overrides = [*TINY, "layers.rules=[{match: 'conv_*', type: Linear, weight_bits: 8}]"]
     with pytest.raises(UsageError, match="matches no layer"):
         run.quantize(teacher, out=tmp_path / "out", **tiny("minmax", overrides=overrides))
 

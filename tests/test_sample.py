@@ -105,7 +105,7 @@ def test_sizes(name: str, size: str, shape: tuple[int, int]) -> None:
         ),
         ("stable_diffusion", "16x0", "got '16x0'"),
         ("stable_diffusion", "16x16x3", "StableDiffusionPipeline takes no num_frames"),
-        ("ddim", "16x16", "DDIMPipeline takes no height, width"),
+        ("ddim", "16x16", "DDIMPipeline takes no height and no width"),
     ],
 )
 def test_sizes_that_are_none(name: str, size: str, why: str) -> None:

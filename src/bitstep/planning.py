@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from bitstep.denoiser.layers import QUANTIZABLE, refusal, weight_of
@@ -47,6 +47,12 @@ class Rule(Slot):
     weight_bits: Annotated[int, Field(ge=1, le=8)] | None = None
     activation_bits: Annotated[int, AfterValidator(_activation_width)] | None = None
     skip: bool = False
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not (self.weight_bits or self.activation_bits or self.skip):
+            raise ValueError(f"{self.match!r} changes nothing: give weight_bits or activation_bits, or skip: true")
+        return self
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,17 @@ from bitstep.methods.base import Effort, Method
 from bitstep.planning import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 from bitstep.slots import Slot, nearest
 
+_MAPPING = "settings (key: value)"
+_WANTED = {
+    "dict_type": _MAPPING,
+    "model_type": _MAPPING,
+    "tuple_type": "a list",
+    "string_type": "text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+}
+"""What a value of another type should have been, in the words of who writes recipes, by pydantic's types of errors."""
 _BITS = re.compile(r"W(\d+(?:\.\d+)?)A(\d+)")
 
 
@@ -148,7 +159,8 @@ def _enter(place: Any, key: str, path: str) -> Any:
     if isinstance(place, list):
         if key.isdecimal() and int(key) < len(place):
             return place[int(key)]
-        raise UsageError(f"cannot set {path!r}: expected a number below {len(place)} in the place of {key!r}")
+        wanted = f"expected a number below {len(place)} in the place of {key!r}" if place else "the list there is empty"
+        raise UsageError(f"cannot set {path!r}: {wanted}")
     if not isinstance(place, dict) or key not in place:
         known = place if isinstance(place, dict) else ()
         raise UsageError(f"cannot set {path!r}: unknown slot {key!r}{nearest(key, known)}")
@@ -164,8 +176,13 @@ def _validate(settings: dict[str, Any]) -> Method:
         if first["type"] == "extra_forbidden":
             place, key = _mapping_around(first["loc"], settings), str(first["loc"][-1])
             kind = f" where kind is {place['kind']!r}" if "kind" in place else ""
-            raise UsageError(f"unknown recipe key {where!r}{kind}{nearest(key, _fields_of(place))}") from error
-        raise UsageError(f"recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+            known = _fields_of(place)
+            guess = nearest(key, known) or (f"; known: {', '.join(known)}" if known else "")
+            raise UsageError(f"unknown recipe key {where!r}{kind}{guess}") from error
+        problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] in _WANTED:
+            problem = f"expected {_WANTED[first['type']]}, got {first['input']!r}"
+        raise UsageError(f"recipe: {where}: {problem}") from error
 
 
 def _mapping_around(location: tuple[int | str, ...], settings: dict[str, Any]) -> Mapping[str, Any]:
@@ -176,15 +193,17 @@ def _mapping_around(location: tuple[int | str, ...], settings: dict[str, Any]) -
     return place  # type: ignore[no-any-return]
 
 
-def _fields_of(place: Mapping[str, Any]) -> set[str]:
-    """The field names of the slots that the mapping may be: those of its kind, or else with any of its keys."""
+def _fields_of(place: Mapping[str, Any]) -> list[str]:
+    """The field names of the slot that the mapping is: the one of its kind, or else with the most of its keys."""
 
-    def fits(fields: Mapping[str, Any]) -> bool:
+    def fit(slot: type[Slot]) -> int:
+        fields = slot.model_fields
         if "kind" in place:
-            return "kind" in fields and fields["kind"].default == place["kind"]
-        return bool(set(place) & set(fields))
+            return int("kind" in fields and fields["kind"].default == place["kind"])
+        return len(place.keys() & fields.keys())
 
-    return {field for slot in _all_slots(Slot) if fits(slot.model_fields) for field in slot.model_fields}
+    slot = max(_all_slots(Slot), key=fit)
+    return list(slot.model_fields) if fit(slot) else []
 
 
 def _all_slots(cls: type[Slot]) -> Iterable[type[Slot]]:

@@ -153,7 +153,7 @@ def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Paramet
         raise UsageError(f"{name} takes no guidance scale")
     taken = parameters.keys() | ({"width", "height"} if sampling.get("pictures") else set())
     if untaken := read_size(sampling.get("size")).keys() - taken:
-        raise UsageError(f"{name} takes no {', '.join(sorted(untaken))}: leave it out of the size")
+        raise UsageError(f"{name} takes no {' and no '.join(sorted(untaken))}: leave that out of the size")
     longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
     if sampling["steps"] > longest:
         raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")

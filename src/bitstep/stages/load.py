@@ -27,7 +27,7 @@ _DEMOS = (
     Path(__file__).parents[1] / "demo",
     Path(__file__).parents[3] / "models",  # larger ones, in a checkout of the repository only
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _VARIANT = re.compile(r"\.([^.-]+)(?:-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors
 
 
