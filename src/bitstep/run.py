@@ -91,7 +91,7 @@ def quantize(
         for name, component in loaded.pipeline.components.items():
             if name != loaded.component and type(component) is type(loaded.denoiser):
                 progress.line(f"{name} is another {type(component).__name__}: it is left in full precision")
-        images = None if data is None else _read_images(Path(data), loaded, inputs)
+        images = None if data is None else _read_images(Path(data), loaded, inputs, progress)
         _say_what_is_learned_from(resolved, images, progress)
         student = _fit(loaded, resolved, work, seed, inputs, images, progress)
         _publish(loaded, student, resolved, work, progress)
@@ -260,13 +260,17 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         progress.line(f"1 / s: in a norm or layer before for {folded} layers, a vector for {len(scales) - folded}")
 
 
-def _read_images(data: Path, source: Source, inputs: Inputs) -> TrainingImages:
-    """Images of the denoiser's size, or mosaics of such; refused before anything is recorded where they do not fit."""
+def _read_images(data: Path, source: Source, inputs: Inputs, progress: Reporter) -> TrainingImages:
+    """Images of the denoiser's size: mosaics of such are cut, other pictures cropped and scaled. What cannot be is
+    refused before anything is recorded."""
     call, _ = next(stream(source, images=1, batch_size=1, steps=FEW_STEPS, seed=0, **inputs)).batch([0])
     name, _ = unconditional(call)
     sample = call.arguments[name]
     tile = None if data.suffix == ".npz" else sample.shape[-1] * enlargement(source.pipeline)
-    images = TrainingImages.of_pipeline(read(data, tile), source.pipeline)
+    pixels = read(data, tile, fit=True)
+    count, height, width, _ = pixels.shape
+    progress.line(f"{count:,} images of {width}x{height} from {data}")
+    images = TrainingImages.of_pipeline(pixels, source.pipeline)
     found, expected = images.clean(torch.tensor([0])).shape[1:], sample.shape[1:]
     if found != expected:
         raise UsageError(f"the images in {data} come as {list(found)} to the denoiser, which takes {list(expected)}")

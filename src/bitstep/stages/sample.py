@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bitstep.errors import BitstepError, UsageError
@@ -82,17 +82,23 @@ def holds_images(path: Path) -> bool:
     return path.suffix == ".npz" or (path.is_dir() and bool(picture_files(path)))
 
 
-def read(path: Path, tile: int | None = None) -> Tensor:
+def read(path: Path, tile: int | None = None, *, fit: bool = False) -> Tensor:
     """uint8 ``[N, H, W, 3]`` from an ``.npz`` file (key ``images``) or the pictures in a folder, in the order of names.
 
-    With ``tile``, each picture is a mosaic of square tiles that many pixels wide, row by row.
+    With ``tile``, each picture is a mosaic of square tiles that many pixels wide, row by row; with ``fit``, one that is
+    none is cropped and scaled to a tile.
     """
     if path.suffix == ".npz":
         if tile:
             raise UsageError(f"{path} holds single images, no mosaics: leave --tile out")
         return _read_npz(path)
-    pictures = [torch.from_numpy(np.array(read_picture(file))) for file in picture_files(path)]
-    images = [image for picture in pictures for image in (_tiles(picture, tile) if tile else picture[None])]
+    images: list[Tensor] = []
+    for file in picture_files(path):
+        picture = read_picture(file)
+        if tile and fit and (picture.width % tile or picture.height % tile):
+            picture = ImageOps.fit(picture, (tile, tile))
+        pixels = torch.from_numpy(np.array(picture))
+        images.extend(_tiles(pixels, tile) if tile else pixels[None])
     sizes = {tuple(image.shape[:2]) for image in images}
     if len(sizes) != 1:
         raise BitstepError(f"the pictures in {path} differ in size: expected one size, found {sorted(sizes)[:3]}")
