@@ -238,7 +238,7 @@ def benchmark(
             "quanto-int8, or other packed folders; fp32 and bf16 if not given.",
         ),
     ] = None,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each, taken in turns.")] = 20,
     pictures: Pictures = None,
     size: Size = None,

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed component: conv_in asymmetric and dilated with a table, conv_out of 3 bits and weight-only."""
+    """A packed component: conv_in asymmetric and dilated with a table, conv_out of 3 bits, weight-only and between
+    divisions."""
     folder = tmp_path_factory.mktemp("intact")
     source = unet()
     layers = {
         "conv_in": random_layer(source.conv_in, 4, 4, symmetric=False, steps=len(GRID), dilated=True),
-        "conv_out": random_layer(source.conv_out, 3, None),
+        "conv_out": replace(
+            random_layer(source.conv_out, 3, None), input_divisor=torch.ones(20), output_divisor=torch.ones(3)
+        ),
     }
     model = pack_model(source, layers, grid=GRID, modules_to_not_convert={}, total_macs=10**6, recipe={})
     model.save_pretrained(folder)
@@ -194,6 +198,8 @@ TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "tiny scale": ("conv_in.input_scale", _first(1e-40), "finite reciprocal"),
     "longer table": ("conv_in.input_scale", lambda t: torch.cat([t, t]), r"expected the shape \[4\], got \[8\]"),
     "reciprocal": ("conv_in.input_channel_reciprocal", _first(float("nan")), "positive and finite"),
+    "input divisor": ("conv_out.input_divisor", _first(0.0), "positive and finite"),
+    "output divisor": ("conv_out.output_divisor", lambda t: t[:2], r"expected the shape \[3\], got \[2\]"),
     "bias": ("conv_in.bias", _first(float("nan")), "not every value is finite"),
     "half bias": ("conv_in.bias", lambda t: (t * torch.inf).half(), "not every value is finite"),
 }
