@@ -24,12 +24,10 @@ from bitstep.methods.base import Effort, Method
 from bitstep.planning import ACTIVATION_WIDTHS, EXPECTED_WIDTHS
 from bitstep.slots import Slot, nearest
 
-_MAPPING = "settings (key: value)"
 _WANTED = {
-    "dict_type": _MAPPING,
-    "model_type": _MAPPING,
     "tuple_type": "a list",
     "string_type": "text",
+    **dict.fromkeys(("dict_type", "model_type"), "settings (key: value)"),
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),

@@ -119,11 +119,9 @@ def _in_one_line(device: str, work: RunFolder, progress: Reporter) -> Iterator[N
         raise BitstepError(
             f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
         ) from error
-    except SafetensorError as error:
-        if "deserializing" in str(error):
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "deserializing" in str(error):
             raise BitstepError(f"a file in {work.path} is damaged ({error}): start again with --overwrite") from error
-        raise BitstepError(f"cannot write {work.path}: {error}; --resume goes on from here") from error
-    except OSError as error:
         place, why = getattr(error, "filename", None) or work.path, getattr(error, "strerror", None) or error
         raise BitstepError(f"cannot write {place}: {why}; --resume goes on from here") from error
     finally:

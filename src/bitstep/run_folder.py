@@ -89,7 +89,7 @@ class RunFolder:
         return work
 
     def _begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        if _recorded(self.path):
+        if self.can_go_on:
             if not (resume or overwrite):
                 raise UsageError(
                     f"{self.path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
@@ -185,7 +185,7 @@ class RunFolder:
 
     def leave(self) -> None:
         """Let go of the folder, and remove it where there is nothing recorded to go on with; the lock goes last."""
-        if not _recorded(self.path):
+        if not self.can_go_on:
             with suppress(OSError):
                 self._clear()
                 (self.path / LOCK).unlink()

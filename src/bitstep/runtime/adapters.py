@@ -1,6 +1,7 @@
 """Adapters (LoRA) beside packed layers that are given x / s and return y / d, as folding leaves them.
 
-What an adapter adds was trained on x and y, so it is shown x again, and its output is divided:
+What an adapter adds was trained on x and y, so it is shown x again, and its output is divided; with W the packed weight,
+which has s and d in it,
 
     y / d = W (x / s)     becomes     W (x / s) + B A (s (x / s)) / d
 """
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bitstep.errors import BitstepError
 from bitstep.runtime.layers import PackedModule
+from bitstep.runtime.reference import align_channels
 
 
 def fit_adapters(model: nn.Module) -> None:
@@ -26,7 +28,8 @@ def fit_adapters(model: nn.Module) -> None:
                 f"{name} has an adapter that is no plain LoRA, and a layer whose scales are folded into the layers "
                 "around it: quantize with --set 'rewrites=[]' for such adapters"
             )
-        for parts, divisor, fitted in ((down, layer.input_divisor, _SHOWN), (up, layer.output_divisor, _ADDED)):
+        for parts, of_channels, fitted in ((down, layer.input_divisor, _SHOWN), (up, layer.output_divisor, _ADDED)):
+            divisor = align_channels(of_channels, layer.problem)
             for part in parts.values():
                 if divisor is not None and type(part) in fitted:
                     part.register_buffer("divisor", divisor, persistent=False)
@@ -44,7 +47,7 @@ class _Shown:
     divisor: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        shown: Tensor = super().forward(input * _aligned(self.divisor, input, self))  # type: ignore[misc]
+        shown: Tensor = super().forward(input * self.divisor.to(input.dtype))  # type: ignore[misc]
         return shown
 
 
@@ -55,11 +58,7 @@ class _Added:
 
     def forward(self, input: Tensor) -> Tensor:
         added: Tensor = super().forward(input)  # type: ignore[misc]
-        return added / _aligned(self.divisor, added, self)
-
-
-def _aligned(divisor: Tensor, x: Tensor, layer: object) -> Tensor:
-    return divisor.to(x.dtype).reshape(-1, *[1] * (0 if isinstance(layer, nn.Linear) else x.ndim - 2))
+        return added / self.divisor.to(added.dtype)
 
 
 class ShownLinear(_Shown, nn.Linear):

@@ -45,7 +45,8 @@ def in_float(problem: Problem, tensors: LayerTensors, *, channels_last: bool = F
 
 
 def align_channels(per_channel: Tensor | None, problem: Problem) -> Tensor | None:
-    """``[in_channels]`` shaped to broadcast against the problem's input (last axis of a linear, axis 1 of a conv)."""
+    """``[channels]`` shaped to broadcast against the problem's input or output (last axis of a linear, axis 1 of a
+    convolution)."""
     return None if per_channel is None else per_channel.reshape(-1, *[1] * len(problem.kernel_size))
 
 

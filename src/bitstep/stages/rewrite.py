@@ -99,18 +99,19 @@ def _together(
     def block_of(name: str) -> str | None:
         return next((path for path in paths if f"{name}.".startswith(f"{path}.")), None)
 
+    def takes(origin: Origin, names: list[str]) -> bool:
+        layers = [teacher.get_submodule(name) for name in names]
+        alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
+        is_norm = not isinstance(teacher.get_submodule(origin.module), QUANTIZABLE)
+        known = observed.keys() >= {*names} and (is_norm or origin.module in observed)
+        inside = {block_of(origin.module)} in ({None}, {*map(block_of, names)})
+        return alike and groups_of(layers[0]) == 1 and known and inside
+
     readers: dict[Origin | str, list[str]] = {}
     for info in structure.layers:
         readers.setdefault(info.origin or info.name, []).append(info.name)
     for origin, names in readers.items():
-        layers = [teacher.get_submodule(name) for name in names]
-        alike = len({(groups_of(layer), weight_of(layer).shape[1:]) for layer in layers}) == 1
-        together = alike and groups_of(layers[0]) == 1 and observed.keys() >= set(names)
-        if isinstance(origin, Origin) and together:
-            is_layer = isinstance(teacher.get_submodule(origin.module), QUANTIZABLE)
-            inside = {block_of(origin.module)} in ({None}, {*map(block_of, names)})
-            together = inside and (origin.module in observed or not is_layer)
-        if isinstance(origin, Origin) and together:
+        if isinstance(origin, Origin) and takes(origin, names):
             yield names, origin
         else:
             yield from (([name], None) for name in names if name in observed)
