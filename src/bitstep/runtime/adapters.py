@@ -1,7 +1,7 @@
 """Adapters (LoRA) beside packed layers that are given x / s and return y / d, as folding leaves them.
 
-What an adapter adds was trained on x and y, so it is shown x again, and its output is divided; with W the packed weight,
-which has s and d in it,
+What an adapter adds was trained on x and y, so it is shown x again, and its output is divided; with W the packed
+weight, which has s and d in it,
 
     y / d = W (x / s)     becomes     W (x / s) + B A (s (x / s)) / d
 """
