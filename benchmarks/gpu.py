@@ -142,12 +142,12 @@ def packed_layer(shape: Shape, width: str) -> PackedModule:
     return module
 
 
-def product_of(module: PackedModule, x: Tensor) -> Callable[[], Tensor]:
+def product_of(module: PackedModule, x: Tensor) -> Callable[[], None]:
     """The product alone of a layer, with the codes and whatever else the layer gives it."""
     whole: Any = module.run
-    with mock.patch.object(whole, "_multiplied", wraps=whole._multiplied) as seen:
+    with mock.patch.object(whole, "_multiply", wraps=whole._multiply) as seen:
         module(x)
-    return partial(whole._multiplied, *seen.call_args.args, **seen.call_args.kwargs)
+    return partial(whole._multiply, *seen.call_args.args, **seen.call_args.kwargs)
 
 
 def microseconds(call: Callable[[], object]) -> float:

@@ -24,7 +24,8 @@ from pages import ROOT, markdown, put, write
 
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime.attention import Operand, attention
-from bitstep.runtime.cpu import Before, Convolution
+from bitstep.runtime.convolution import PLAIN_INPUT, Before
+from bitstep.runtime.cpu import NativeConvolution
 from bitstep.runtime.kernel import LayerTensors, Problem
 
 RESULTS = ROOT / "benchmarks/results/kernels.json"
@@ -96,7 +97,7 @@ def peak() -> float:
         return OPERATIONS * count / least(lambda: dots(ctypes.c_long(count)), 1.0) / 1e6
 
 
-def layer(kernel: int, channels: int, out: int, width: str) -> Convolution:
+def layer(kernel: int, channels: int, out: int, width: str) -> NativeConvolution:
     weight_bits, activation_bits = int(width[1]), int(width[3])
     shape = (out, channels, kernel, kernel)
     codes = torch.randint(0, 2**weight_bits, (1, out, channels * kernel**2), dtype=torch.uint8)
@@ -118,10 +119,10 @@ def layer(kernel: int, channels: int, out: int, width: str) -> Convolution:
         device="cpu",
     )
     weight = QuantizedWeight(codes, torch.full((1, out), 0.01), zero_point, weight_bits, shape)
-    return Convolution(problem, LayerTensors(weight, torch.zeros(out), None))
+    return NativeConvolution(problem, LayerTensors(weight, torch.zeros(out), None))
 
 
-def convolve(convolution: Convolution, x: torch.Tensor, before: Before | None = None) -> Callable[[], object]:
+def convolve(convolution: NativeConvolution, x: torch.Tensor, before: Before = PLAIN_INPUT) -> Callable[[], object]:
     levels = convolution.top + 1
     scale, zero_point = torch.tensor([8 / levels]), torch.tensor([levels / 2])
     return lambda: convolution.convolve(x, scale, zero_point, before)

@@ -24,11 +24,14 @@ from bitstep.errors import BitstepError
 from bitstep.numerics.packing import pack
 from bitstep.numerics.uniform import fake_quantize
 from bitstep.runtime.attention import AttentionFormat, Operand, PackedAttention, attention
-from bitstep.runtime.cpu import Before, Convolution, CpuKernel
+from bitstep.runtime.convolution import After, Before
+from bitstep.runtime.cpu import CpuKernel, NativeConvolution
 from bitstep.runtime.fused import fuse, fused_blocks
+from bitstep.runtime.kernel import Kernel
 from bitstep.runtime.layers import LayerFormat, packed_like
 from bitstep.runtime.reference import ReferenceKernel
 
+CPU = CpuKernel()
 pytestmark = pytest.mark.skipif(not library.instruction_sets(), reason="the native library is not built")
 
 
@@ -39,7 +42,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def packed(model: nn.Module, weight_bits: int = 4, activation_bits: int = 4) -> nn.Module:
+def packed(model: nn.Module, weight_bits: int = 4, activation_bits: int = 4, kernel: Kernel = CPU) -> nn.Module:
     """``model`` with its linear layers and convolutions replaced by packed ones of random weights."""
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Conv2d):
@@ -54,7 +57,7 @@ def packed(model: nn.Module, weight_bits: int = 4, activation_bits: int = 4) -> 
         new.input_zero_point.fill_(2 ** (activation_bits - 1))
         if new.bias is not None:
             new.bias.normal_()
-        new.choose = lambda _: CpuKernel()
+        new.choose = lambda _: kernel
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     return model.eval()
@@ -73,8 +76,8 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert (got - expected).norm() < 0.01 * expected.norm()
 
 
-def run_both(block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    model = packed(nn.Sequential(block))
+def run_both(block: nn.Module, *args: Any, kernel: Kernel = CPU, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    model = packed(nn.Sequential(block), kernel=kernel)
     expected = block(*args, **kwargs)
     fuse(model)
     assert fused_blocks(model)[0] == "0"
@@ -91,7 +94,7 @@ def test_normalization_and_activation_before_codes(activation: Any, channels: in
     tensors = tensors_for(identity, exact=True)
     tensors.weight.codes.copy_(2 + torch.eye(channels)[None])
     tensors.weight.scale.fill_(1)
-    layer = Convolution(identity.problem, tensors)
+    layer = NativeConvolution(identity.problem, tensors)
     x = torch.randn(2, 5, 3, channels) * 3 + 1
     scale, zero_point = torch.tensor([0.05]), torch.tensor([60.0])
     activations = {"none": nn.Identity(), "silu": nn.SiLU(), "gelu": nn.GELU("tanh")}
@@ -118,7 +121,7 @@ def test_gated_values_before_codes(channels: int) -> None:
     tensors = tensors_for(case, exact=True)
     tensors.weight.codes.copy_(2 + torch.eye(channels)[None])
     tensors.weight.scale.fill_(1)
-    layer = Convolution(case.problem, tensors)
+    layer = NativeConvolution(case.problem, tensors)
     x = torch.randn(2, 5, 3, 2 * channels) * 3
     x[0, 0, 0, channels:] = torch.linspace(-40, 40, channels)
     for span in (4.0, 0.01):  # near zero too
@@ -141,12 +144,12 @@ def test_group_normalization_far_from_zero(own: int) -> None:
     tensors = tensors_for(case, exact=True)
     tensors.weight.codes.copy_(2 + torch.eye(21)[None])
     tensors.weight.scale.fill_(1)
-    layer, step = Convolution(case.problem, tensors), (torch.tensor([0.05]), torch.tensor([128.0]))
+    layer, step = NativeConvolution(case.problem, tensors), (torch.tensor([0.05]), torch.tensor([128.0]))
     x = torch.randn(2, 9, 8, 21) + 3000
     normal = nn.functional.group_norm(x.movedim(3, 1).double(), 3).movedim(1, 3)
     got = torch.empty_like(x)
     parts = x if own == 21 else (x[..., :own].contiguous(), x[..., own:].contiguous())
-    layer.call(got, parts, *step, Before(eps=1e-5, groups=3), None, None, None, 1)()
+    layer.call(got, parts, *step, Before(eps=1e-5, groups=3), After(), 1)()
     assert (got - normal.clip(-6.4, 6.35)).abs().max() < 0.05
 
 
@@ -154,19 +157,19 @@ def test_group_normalization_far_from_zero(own: int) -> None:
 def test_a_map_in_two_parts_is_their_concatenation(own: int, rest: int) -> None:
     channels = own + rest
     case = Case(channels=(channels, 37), activation_bits=4)
-    layer = Convolution(case.problem, tensors_for(case, exact=False))
+    layer = NativeConvolution(case.problem, tensors_for(case, exact=False))
     parts = torch.randn(2, *case.size, own), torch.randn(2, *case.size, rest)
     whole, scale, zero_point = torch.cat(parts, -1), torch.tensor([0.5]), torch.tensor([7.0])
     gain, shift = torch.randn(channels), torch.randn(channels)
     for before in (
-        None,
+        Before(),
         Before(eps=1e-5, groups=1, gain=gain, shift=shift, activation="silu"),
         Before(eps=1e-5, gain=gain, shift=shift),
     ):
         expected = layer.convolve(whole, scale, zero_point, before)
         got = torch.full_like(expected, torch.nan)
-        layer.call(got, parts, scale, zero_point, before, None, None, None, 1)()
-        if before and not before.groups:
+        layer.call(got, parts, scale, zero_point, before, After(), 1)()
+        if before.eps and not before.groups:
             assert_same(got, expected)
         else:
             assert torch.equal(got, expected)
@@ -175,12 +178,12 @@ def test_a_map_in_two_parts_is_their_concatenation(own: int, rest: int) -> None:
 @pytest.mark.parametrize("weight_bits", [1, 8])
 def test_bias_gain_and_residual_are_applied_after_the_sums(weight_bits: int) -> None:
     case = Case(weight_bits=weight_bits)
-    layer = Convolution(case.problem, tensors_for(case, exact=True))
+    layer = NativeConvolution(case.problem, tensors_for(case, exact=True))
     x = torch.randn(case.batch, *case.size, case.channels[0])
     scale, zero_point = torch.full((2,), 0.5), torch.full((2,), 7.0)
-    plain = layer.convolve(x, scale, zero_point, bias=torch.zeros(2, 37))
+    plain = layer.convolve(x, scale, zero_point, after=After(bias=torch.zeros(2, 37)))
     bias, gain, residual = torch.randn(2, 37), torch.randn(2, 37), torch.randn_like(plain)
-    got = layer.convolve(x, scale, zero_point, bias=bias, gain=gain, residual=residual)
+    got = layer.convolve(x, scale, zero_point, after=After(bias, gain, residual))
     expected = residual + gain[:, None, None] * (plain + bias[:, None, None])
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
@@ -369,9 +372,9 @@ def test_attention_refuses_keys_that_do_not_fit(shape: tuple[int, ...]) -> None:
     "given", [{"bias": torch.ones(1, 37)}, {"gain": torch.ones(3, 37)}, {"residual": torch.ones(2)}]
 )
 def test_what_is_added_must_fit(given: dict[str, Any]) -> None:
-    layer = Convolution(Case().problem, tensors_for(Case(), exact=True))
+    layer = NativeConvolution(Case().problem, tensors_for(Case(), exact=True))
     with pytest.raises(BitstepError, match="expected tensors of shape"):
-        layer.convolve(torch.zeros(2, 7, 5, 20), torch.ones(1), torch.zeros(1), **given)
+        layer.convolve(torch.zeros(2, 7, 5, 20), torch.ones(1), torch.zeros(1), after=After(**given))
 
 
 SITES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {

@@ -15,6 +15,7 @@ from bitstep.errors import BitstepError
 from bitstep.numerics.packing import keeping_dtype
 from bitstep.numerics.uniform import rounded
 from bitstep.runtime import native
+from bitstep.runtime.kernel import refuse_tracing
 from bitstep.runtime.tables import StepRows, rows_of
 
 
@@ -40,7 +41,7 @@ def attention(
     ``operands``, of query, key, value and probability, quantizes them: both products are then exact sums of integers.
     Without, it is computed in 16-bit fixed point (steps per row of q, per head of k, per channel of v).
     """
-    native.refuse_tracing()
+    refuse_tracing()
     batch, _, channels = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, channels) or channels % heads:
         raise BitstepError(
@@ -49,6 +50,17 @@ def attention(
     y = torch.empty_like(q)
     native.run(_attention_call, y, q, k, v, heads, operands, scale)
     return y
+
+
+def attention_in_torch(q: Tensor, k: Tensor, v: Tensor, heads: int, rounding: PackedAttention | None) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` per head on any device; ``[batch, tokens, heads * d]``."""
+    per_head = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if rounding is None:
+        mixed = nn.functional.scaled_dot_product_attention(*per_head)
+    else:
+        with torch._C.DisableTorchFunction():  # what else intercepts this attention
+            mixed = rounding(*per_head)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _attention_call(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitstep.errors import BitstepError
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
+from bitstep.runtime.convolution import ACTIVATIONS, After, Before, Convolution
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
 from bitstep.runtime.reference import in_float
-
-Activation = Literal["none", "silu", "gelu", "geglu"]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 _COLUMN = 16
 _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
@@ -50,41 +46,33 @@ class CpuKernel(Kernel):
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         if problem.activation_bits is None:
             return in_float(problem, tensors, channels_last=True)
-        return Convolution(problem, tensors)
+        return NativeConvolution(problem, tensors)
 
 
-class Convolution:
-    """A layer's weights as the library takes them, and the calls into it; linear layers are 1x1 convolutions."""
+class NativeConvolution(Convolution):
+    """A layer's weights as the library takes them, and the calls into it; maps are float32."""
 
     def __init__(self, problem: Problem, tensors: LayerTensors) -> None:
+        super().__init__(problem)
         assert problem.activation_bits is not None
-        self.op = problem.op
         table = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS and native.has_tables()
-        image = problem.over_images()
-        kernel, stride, dilation, padding = image.kernel_size, image.stride, image.dilation, image.padding
-        self.granule = 16 if table else 4
-        self.padding = padding
-        self.reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
-        self.stride = stride
-        self.in_channels, self.out_channels = problem.in_channels, problem.out_channels
-        self.padded_channels = _round_up(problem.in_channels, self.granule)
-        self.top = 2**problem.activation_bits - 1
-        self.kernel = kernel
+        image = self.problem
+        self.padded_channels = _round_up(problem.in_channels, 16 if table else 4)
         bases, out, length = tensors.weight.codes.shape
         self.shape = (bases, out, length)
-        self.packed = pack_columns(tensors.weight, kernel, table)
+        self.packed = pack_columns(tensors.weight, image.kernel_size, table)
         self.bias = None if tensors.bias is None else tensors.bias.float().contiguous()
         reciprocal = tensors.channel_reciprocal
         self.channel_reciprocal = None if reciprocal is None else reciprocal.float().contiguous()
         self.layer = native.Layer(
-            out_channels=self.out_channels,
+            out_channels=out,
             padded_channels=self.padded_channels,
-            kernel_h=kernel[0],
-            kernel_w=kernel[1],
-            stride_h=stride[0],
-            stride_w=stride[1],
-            dilation_h=dilation[0],
-            dilation_w=dilation[1],
+            kernel_h=image.kernel_size[0],
+            kernel_w=image.kernel_size[1],
+            stride_h=image.stride[0],
+            stride_w=image.stride[1],
+            dilation_h=image.dilation[0],
+            dilation_w=image.dilation[1],
             bits=self.packed.bits,
             bases=bases,
             panel=self.packed.panel,
@@ -95,56 +83,11 @@ class Convolution:
             scale=self.packed.scale.data_ptr(),
         )
 
-    def __call__(self, x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        if self.op == "linear":
-            x = x.contiguous()
-            y = self.convolve(x.reshape(len(x), 1, prod(x.shape[1:-1]), x.shape[-1]), scale, zero_point)
-            return y.reshape(*x.shape[:-1], self.out_channels)
-        if self.op == "conv1d":
-            return self.convolve(x.transpose(1, 2).contiguous()[:, None], scale, zero_point)[:, 0].transpose(1, 2)
-        return self.convolve(x.permute(0, 2, 3, 1).contiguous(), scale, zero_point).permute(0, 3, 1, 2)
-
-    def convolve(
-        self,
-        x: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        before: Before | None = None,
-        *,
-        bias: Tensor | None = None,
-        gain: Tensor | None = None,
-        residual: Tensor | None = None,
-        repeat: int = 1,
-    ) -> Tensor:
-        """``residual + gain * (convolve(quantize(before(x))) + bias)``, on contiguous float32 NHWC tensors.
-
-        ``bias`` ``[batch, out]`` replaces the layer's own; ``gain`` is ``[batch, out]``; ``residual`` has y's shape.
-        Every pixel of x stands for ``repeat`` x ``repeat`` of them. BitstepError for what does not fit the layer.
-        """
-        assert scale is not None
-        assert zero_point is not None
-        native.refuse_tracing()
-        batch, height, width, channels = x.shape
-        gated = before is not None and before.activation == "geglu"
-        if gated and before != Before(activation="geglu"):
-            raise BitstepError(f"a gated input goes with nothing else before the product, got {before}")
-        channels = channels // 2 if gated else channels
-        size = self._extent(0, height * repeat), self._extent(1, width * repeat)
-        if channels != self.in_channels or min(size) < (1 if x.numel() else 0):
-            raise BitstepError(
-                f"a layer of {self.in_channels} channels, its kernel {self.reach[0]}x{self.reach[1]} in all, "
-                f"got {channels} channels and a map of {height * repeat}x{width * repeat}"
-            )
-        y = x.new_empty(batch, *size, self.out_channels)
-        _require((bias, gain), (batch, self.out_channels))
-        _require((residual,), tuple(y.shape))
-        _require((scale, zero_point), (1,), (batch,))
-        if before is not None:
-            _require((before.gain, before.shift), (channels,), (1, channels), (batch, channels))
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
-        if y.numel():
-            native.run(self.call, y, x, scale, zero_point, before, bias, gain, residual, repeat, in_parts=not gated)
-        return y
+    def compute(
+        self, y: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, before: Before, after: After, repeat: int
+    ) -> None:
+        gated = before.activation == "geglu"
+        native.run(self.call, y, x.contiguous(), scale, zero_point, before, after, repeat, in_parts=not gated)
 
     def call(
         self,
@@ -152,19 +95,19 @@ class Convolution:
         x: Tensor | tuple[Tensor, Tensor],
         scale: Tensor,
         zero_point: Tensor,
-        before: Before | None,
-        bias: Tensor | None,
-        gain: Tensor | None,
-        residual: Tensor | None,
+        before: Before,
+        after: After,
         repeat: int,
     ) -> native.Call:
-        """The call that makes :meth:`convolve`'s result in y; x may be two tensors whose channels are to be joined."""
+        """The call that makes :meth:`convolve`'s result in y, of contiguous tensors; x may be two whose channels are to
+        be joined."""
         lib = native.kernels()
         assert lib is not None
         x, rest = x if isinstance(x, tuple) else (x, None)
         batch, height, width, channels = x.shape
-        channels = self.in_channels if rest is None else channels
+        channels = self.problem.in_channels if rest is None else channels
         rest_channels = 0 if rest is None else rest.shape[-1]
+        bias = self.bias if after.bias is None else after.bias
         return partial(
             lib.bitstep_convolution,
             self.layer,
@@ -174,58 +117,40 @@ class Convolution:
                 width * repeat,
                 channels + rest_channels,
                 self.padded_channels,
-                *self.padding,
+                *self.problem.padding,
                 repeat,
                 _address(rest),
                 rest_channels,
             ),
-            before and before.prologue(),
+            _prologue(before),
             native.Step(
                 scale.data_ptr(), zero_point.data_ptr(), len(scale), self.top, _address(self.channel_reciprocal)
             ),
             x.data_ptr(),
             native.Epilogue(
-                _address(self.bias if bias is None else bias),
-                1 if bias is None else batch,
-                _address(gain),
-                _address(residual),
+                _address(bias),
+                1 if after.bias is None else batch,
+                _address(after.gain),
+                _address(after.residual),
             ),
             y.data_ptr(),
             torch.get_num_threads(),
         )
 
     def codes(self) -> Tensor:
-        return unpack_columns(self.packed, self.shape, self.kernel, bool(self.layer.table))
-
-    def _extent(self, axis: int, size: int) -> int:
-        return (size + 2 * self.padding[axis] - self.reach[axis]) // self.stride[axis] + 1
+        return unpack_columns(self.packed, self.shape, self.problem.kernel_size, bool(self.layer.table))
 
 
-class Before(NamedTuple):
-    """What is done to a layer's input before it is quantized: ``activation(normalize(x) * gain + shift)``.
-
-    ``eps`` None means no normalization; otherwise it is over each pixel's channels, or over ``groups`` of them.
-    gain, shift: contiguous float32 ``[channels]`` or, without groups, ``[batch, channels]``; None for none
-    activation: "gelu" is its tanh approximation; "geglu" takes twice the channels, values and then their gates, of
-        which it makes ``value * gelu(gate)``, gelu exact, and goes with nothing else
-    """
-
-    eps: float | None = None
-    groups: int = 0
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    activation: Activation = "none"
-
-    def prologue(self) -> native.Prologue:
-        return native.Prologue(
-            0 if self.eps is None else 2 if self.groups else 1,
-            self.groups,
-            self.eps or 0.0,
-            _address(self.gain),
-            _address(self.shift),
-            max(len(t) if t is not None and t.ndim > 1 else 1 for t in (self.gain, self.shift)),
-            ACTIVATIONS.index(self.activation),
-        )
+def _prologue(before: Before) -> native.Prologue:
+    return native.Prologue(
+        0 if before.eps is None else 2 if before.groups else 1,
+        before.groups,
+        before.eps or 0.0,
+        _address(before.gain),
+        _address(before.shift),
+        max(len(t) if t is not None and t.ndim > 1 else 1 for t in (before.gain, before.shift)),
+        ACTIVATIONS.index(before.activation),
+    )
 
 
 @dataclass(frozen=True)
@@ -325,13 +250,6 @@ def _join(parts: Sequence[Tensor], bits: int) -> Tensor:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _require(tensors: Iterable[Tensor | None], *shapes: tuple[int, ...]) -> None:
-    """The tensors, but for those left out, have all the same of the shapes."""
-    found = {tensor.shape for tensor in tensors if tensor is not None}
-    if len(found) > 1 or not found.issubset(shapes):
-        raise BitstepError(f"expected tensors of shape {shapes}, got {sorted(map(tuple, found))}")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,5 @@
-"""The Triton programs of :mod:`bitstep.runtime.cuda`: inputs to codes, and a layer as one exact integer product.
+"""The Triton programs of :mod:`bitstep.runtime.cuda`: inputs, normalized and activated, to codes, and a layer as one
+exact integer product.
 
 Written for any GPU with 8-bit integer products; imported only where Triton is installed.
 """
@@ -16,41 +17,65 @@ BEYOND = tl.constexpr(1_048_576.0)
 
 @triton.jit
 def code_inputs(
-    x,  # floating point, at (sample, channel, row, column) * strides
+    x,  # floating point, at (sample, row, column, channel) * strides
     codes,  # int8 [samples, padded_height, padded_width, padded_channels]: code - 128
-    reciprocal,  # float32 [channels], if DILATED
+    gain,  # floating point [channels] or [samples, channels], or None
+    shift,  # likewise
+    reciprocal,  # float32 [channels], or None
     scale,  # float32 [1] or [samples]
     zero_point,  # float32 [1] or [samples], integers
     channels,
-    height,
+    height,  # of the map that is coded: every pixel of x stands for REPEAT x REPEAT of it
     width,
     padded_height,
     padded_width,
     padded_channels,
     sample_stride,
-    channel_stride,
     height_stride,
     width_stride,
+    channel_stride,
+    affine_stride,  # channels where every sample has gains and shifts of its own, else 0
     scale_stride,  # 1 where every sample has a scale of its own, else 0
+    eps,
     PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr,
+    REPEAT: tl.constexpr,
+    NORMALIZED: tl.constexpr,  # over the channels, all of them in one block
+    ACTIVATION: tl.constexpr,
     TOP: tl.constexpr,
-    DILATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``clip(round(x * reciprocal * (1 / s)) + z, 0, TOP) - 128``, channels last; the zero point around the map, and 0,
-    which adds nothing to a product, in the channels that fill the last tile."""
+    """``clip(round(v * reciprocal * (1 / s)) + z, 0, TOP) - 128`` with ``v = activation(normalize(x) * gain + shift)``,
+    channels last; the zero point around the map, and 0, which adds nothing to a product, in the channels that fill the
+    last tile."""
     sample = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h, w = p // padded_width - PADDING_H, p % padded_width - PADDING_W
     within = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    places = (h.to(tl.int64) * height_stride + w.to(tl.int64) * width_stride)[:, None]
-    places += c.to(tl.int64)[None, :] * channel_stride
+    rows = x + sample * sample_stride + ((h // REPEAT).to(tl.int64) * height_stride)[:, None]
+    rows += ((w // REPEAT).to(tl.int64) * width_stride)[:, None]
     known = within[:, None] & (c < channels)[None, :]
-    v = tl.load(x + sample * sample_stride + places, mask=known, other=0.0).to(tl.float32)
-    if DILATED:
+    v = tl.load(rows + c.to(tl.int64)[None, :] * channel_stride, mask=known, other=0.0).to(tl.float32)
+    if NORMALIZED:
+        v = tl.where(known, v - (tl.sum(v, 1) / channels)[:, None], 0.0)
+        v = v * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v, 1) / channels + eps))[:, None]
+    places = sample * affine_stride + c
+    if gain is not None:
+        v = v * tl.load(gain + places, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        v = v + tl.load(shift + places, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "silu":
+        v = v * tl.sigmoid(v)
+    elif ACTIVATION == "gelu":  # 1 + tanh(u) is 2 sigmoid(2 u)
+        v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    elif ACTIVATION == "geglu":
+        gates = rows + (c + channels).to(tl.int64)[None, :] * channel_stride
+        gate = tl.load(gates, mask=known, other=0.0).to(tl.float32)
+        v = v * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    v = tl.where(known, v, 0.0)
+    if reciprocal is not None:
         v = v * tl.load(reciprocal + c, mask=c < channels, other=0.0)[None, :]
     v = v * tl.div_rn(1.0, tl.load(scale + sample * scale_stride))
     # these bounds also stand between a product and a sum that would round differently if they were fused
@@ -64,9 +89,84 @@ def code_inputs(
 
 
 @triton.jit
+def channel_moments(
+    x,  # floating point, at (sample, row, column, channel) * strides
+    moments,  # float32 [samples, blocks of pixels, 2, channels]
+    pixels,
+    width,
+    channels,
+    sample_stride,
+    height_stride,
+    width_stride,
+    channel_stride,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The mean of BLOCK_P pixels, and the sum of their squared deviations from it, channel by channel."""
+    sample, block = tl.program_id(2).to(tl.int64), tl.program_id(0)
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = x + sample * sample_stride + ((p // width).to(tl.int64) * height_stride)[:, None]
+    rows += ((p % width).to(tl.int64) * width_stride)[:, None]
+    known = (p < pixels)[:, None] & (c < channels)[None, :]
+    v = tl.load(rows + c.to(tl.int64)[None, :] * channel_stride, mask=known, other=0.0).to(tl.float32)
+    mean = tl.sum(v, 0) / tl.minimum(pixels - block * BLOCK_P, BLOCK_P)
+    deviation = tl.where(known, v - mean[None, :], 0.0)
+    places = moments + (sample * tl.num_programs(0) + block) * 2 * channels + c
+    tl.store(places, mean, mask=c < channels)
+    tl.store(places + channels, tl.sum(deviation * deviation, 0), mask=c < channels)
+
+
+@triton.jit
+def group_affine(
+    moments,  # of ``channel_moments``
+    gain,  # floating point [channels], or None
+    shift,  # likewise
+    affine,  # float32 [2, samples, channels]
+    pixels,
+    blocks,
+    channels,
+    width,  # of a group
+    eps,
+    BLOCK_P: tl.constexpr,  # of ``channel_moments``
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Group normalization as a gain and a shift for every channel: ``normalize(x) * gain + shift = x * a + b``."""
+    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = group * width + tl.arange(0, BLOCK_C)
+    own = tl.arange(0, BLOCK_C) < width
+    count = 1.0 * pixels * width
+    mean, squares = 0.0, 0.0
+    for begin in range(0, blocks, BLOCK_B):
+        b = begin + tl.arange(0, BLOCK_B)
+        known = (b < blocks)[:, None] & own[None, :]
+        places = moments + (sample * blocks + b)[:, None] * 2 * channels + c[None, :]
+        held = tl.minimum(pixels - b * BLOCK_P, BLOCK_P).to(tl.float32)[:, None]
+        mean += tl.sum(tl.where(known, held * tl.load(places, mask=known, other=0.0), 0.0)) / count
+    for begin in range(0, blocks, BLOCK_B):
+        b = begin + tl.arange(0, BLOCK_B)
+        known = (b < blocks)[:, None] & own[None, :]
+        places = moments + (sample * blocks + b)[:, None] * 2 * channels + c[None, :]
+        held = tl.minimum(pixels - b * BLOCK_P, BLOCK_P).to(tl.float32)[:, None]
+        away = tl.load(places, mask=known, other=0.0) - mean
+        squares += tl.sum(tl.where(known, tl.load(places + channels, mask=known, other=0.0) + held * away * away, 0.0))
+    a = tl.div_rn(1.0, tl.sqrt_rn(squares / count + eps))
+    a = tl.where(own, a, 0.0)
+    if gain is not None:
+        a = a * tl.load(gain + c, mask=own, other=0.0).to(tl.float32)
+    b = -mean * a
+    if shift is not None:
+        b = b + tl.load(shift + c, mask=own, other=0.0).to(tl.float32)
+    tl.store(affine + sample * channels + c, a, mask=own)
+    tl.store(affine + (tl.num_programs(1) + sample) * channels + c, b, mask=own)
+
+
+@triton.jit
 def unpack_weight(
     packed,  # uint8 [rows, bytes, BLOCK_K]
     weight,  # int8 [rows, steps, BLOCK_K]
+    size,  # of ``packed``
     bytes,
     steps,
     BITS: tl.constexpr,
@@ -75,11 +175,11 @@ def unpack_weight(
 ):
     """Codes of 1, 2 or 4 bits to the signed bytes they stand for: +-1, or the code less the middle of its range."""
     PER_BYTE: tl.constexpr = 8 // BITS
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = place < bytes * BLOCK_K
-    held = tl.load(packed + row * bytes * BLOCK_K + place, mask=known, other=0)
-    first, k = place // BLOCK_K * PER_BYTE, place % BLOCK_K
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = place < size
+    held = tl.load(packed + place, mask=known, other=0)
+    byte, k = place // BLOCK_K, place % BLOCK_K
+    row, first = byte // bytes, byte % bytes * PER_BYTE
     for i in tl.static_range(PER_BYTE):
         code = ((held >> (i * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
         value = 2 * code - 1 if BITS == 1 else code - (1 << (BITS - 1))
@@ -92,7 +192,9 @@ def multiply(
     codes,  # int8 [samples, height, width, channels]: code - 128, padded
     weight,  # int8 [BASES, out, steps, BLOCK_K]
     y,  # floating point [samples, out_height, out_width, out]; int32 [SPLITS, BASES, rows of y, out] if SPLITS > 1
-    bias,  # float32 [out]
+    bias,  # floating point [out], or [samples, out] if BIASES
+    gain,  # floating point [samples, out], or None
+    residual,  # floating point, as y, or None
     input_scale,  # float32 [1] or [samples]
     input_zero_point,  # float32 [1] or [samples]
     weight_scale,  # float32 [BASES, out]
@@ -105,6 +207,7 @@ def multiply(
     out_width,
     out,
     scale_stride,
+    BIASES: tl.constexpr,
     BASES: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -119,11 +222,11 @@ def multiply(
 ):
     """A convolution as the product of gathered codes and weights.
 
-        y = s_x s_w (sum (a - 128) w + (128 - z) sum w) + bias
+        y = residual + gain (s_x s_w (sum (a - 128) w + (128 - z) sum w) + bias)
 
     The channels of all taps are worked on in steps of BLOCK_K. Where there are few rows and columns, programs share
-    the steps of one result: SPLITS partial sums, which ``add_up`` turns into it. No load is masked: rows and columns
-    beyond the last repeat it, and are not stored.
+    the steps of one result: SPLITS partial sums, which ``add_up`` turns into it. No load of a sum is masked: rows and
+    columns beyond the last repeat it, and are not stored.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -159,7 +262,12 @@ def multiply(
             result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column)[None, :]
     if SPLITS == 1:
         result *= tl.load(input_scale + sample * scale_stride)[:, None]
-        result += tl.load(bias + column)[None, :]
+        of_sample = sample[:, None] * out + column[None, :]
+        result += tl.load(bias + (of_sample if BIASES else column[None, :])).to(tl.float32)
+        if gain is not None:
+            result *= tl.load(gain + of_sample).to(tl.float32)
+        if residual is not None:
+            result += tl.load(residual + places, mask=stored, other=0.0).to(tl.float32)
         tl.store(y + places, result.to(y.dtype.element_ty), mask=stored)
 
 
@@ -168,6 +276,8 @@ def add_up(
     parts,  # int32 [SPLITS, BASES, rows, out], of ``multiply``
     y,  # floating point [rows, out]
     bias,
+    gain,
+    residual,
     input_scale,
     input_zero_point,
     weight_scale,
@@ -176,6 +286,7 @@ def add_up(
     rows_of_sample,
     out,
     scale_stride,
+    BIASES: tl.constexpr,
     BASES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -194,5 +305,10 @@ def add_up(
         total -= zero * tl.load(weight_sum + basis * out + column, mask=known, other=0)
         result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column, mask=known, other=0.0)
     result *= tl.load(input_scale + sample * scale_stride, mask=known, other=0.0)
-    result += tl.load(bias + column, mask=known, other=0.0)
+    of_sample = sample * out + column
+    result += tl.load(bias + (of_sample if BIASES else column), mask=known, other=0.0).to(tl.float32)
+    if gain is not None:
+        result *= tl.load(gain + of_sample, mask=known, other=0.0).to(tl.float32)
+    if residual is not None:
+        result += tl.load(residual + place, mask=known, other=0.0).to(tl.float32)
     tl.store(y + place, result.to(y.dtype.element_ty), mask=known)

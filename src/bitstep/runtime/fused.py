@@ -1,4 +1,4 @@
-"""Blocks of diffusers models that run fused on the native library: normalization and activation go straight to codes,
+"""Blocks of diffusers models that run fused, on the CPU and on GPUs: normalization and activation go straight to codes,
 and biases, gates and residuals are added where a layer's sums leave the registers.
 
 A block is recognised by its type and by the layers it holds; :func:`fuse` gives it a subclass of its own class whose
@@ -24,15 +24,17 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitstep.runtime.attention import PackedAttention, attention, is_watched
-from bitstep.runtime.cpu import Activation, Before, Convolution
+from bitstep.runtime.attention import PackedAttention, attention, attention_in_torch, is_watched
+from bitstep.runtime.convolution import PLAIN_INPUT, PLAIN_OUTPUT, Activation, After, Before, Convolution
+from bitstep.runtime.cpu import NativeConvolution
 from bitstep.runtime.layers import PackedModule
 
 
 def fuse(model: nn.Module) -> None:
     """Fuse every block of ``model`` that is recognised.
 
-    Call it once the kernels are chosen: a block is fused when the native library runs all of its packed layers.
+    Call it once the kernels are chosen: a block is fused when all of its packed layers run as a
+    :class:`~bitstep.runtime.convolution.Convolution`.
     """
     for block in model.modules():
         for kind in _FUSED:
@@ -57,8 +59,8 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
             and isinstance(block.nonlinearity, nn.SiLU)
             and isinstance(block.norm1, nn.GroupNorm)
             and isinstance(block.norm2, nn.GroupNorm)
-            and _native(block.conv1, block.conv2)
-            and (block.conv_shortcut is None or _native(block.conv_shortcut))
+            and _fusable(block.conv1, block.conv2)
+            and (block.conv_shortcut is None or _fusable(block.conv_shortcut))
         )
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,9 +74,9 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
                 self.time_emb_proj, temb, None if self.skip_time_act else self.nonlinearity, self.conv1.bias
             )
             bias = bias.expand(len(x), -1).contiguous()
-        h = _run(self.conv1, x, _group_norm(self.norm1, "silu"), bias=bias)
+        h = _run(self.conv1, x, _group_norm(self.norm1, "silu"), After(bias=bias))
         residual = x if self.conv_shortcut is None else _nhwc(self.conv_shortcut(input_tensor))
-        y = _run(self.conv2, h, _group_norm(self.norm2, "silu"), residual=residual)
+        y = _run(self.conv2, h, _group_norm(self.norm2, "silu"), After(residual=residual))
         return _nchw(y) if self.output_scale_factor == 1 else _nchw(y) / self.output_scale_factor
 
 
@@ -88,7 +90,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
             type(block.processor) is AttnProcessor2_0
             and not any(unknown)
             and (block.group_norm is None or isinstance(block.group_norm, nn.GroupNorm))
-            and _native(block.to_q, block.to_k, block.to_v, block.to_out[0])
+            and _fusable(block.to_q, block.to_k, block.to_v, block.to_out[0])
         )
 
     def forward(
@@ -105,10 +107,9 @@ class FusedAttention(Attention):  # type: ignore[misc]
         is_map = hidden_states.ndim == 4
         x = _nhwc(hidden_states) if is_map else hidden_states.contiguous()
         tokens = x.reshape(len(x), 1, -1, x.shape[-1])
-        before = None if self.group_norm is None else _group_norm(self.group_norm)
-        y = self.attend(
-            tokens, before, context=encoder_hidden_states, residual=tokens if self.residual_connection else None
-        )
+        before = PLAIN_INPUT if self.group_norm is None else _group_norm(self.group_norm)
+        after = After(residual=tokens if self.residual_connection else None)
+        y = self.attend(tokens, before, after, encoder_hidden_states)
         if self.rescale_output_factor != 1:
             y = y / self.rescale_output_factor
         y = y.reshape(*x.shape[:-1], -1)
@@ -121,27 +122,23 @@ class FusedAttention(Attention):  # type: ignore[misc]
             and _runs_fused(x, (self.to_q, self.to_k, self.to_v, self.to_out[0]), self.group_norm, *self.to_out)
         )
 
-    def attend(
-        self,
-        x: Tensor,
-        before: Before | None,
-        *,
-        context: Tensor | None = None,
-        gain: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``residual + gain * attention(before(x))``; x ``[batch, 1, tokens, channels]``.
+    def attend(self, x: Tensor, before: Before, after: After, context: Tensor | None = None) -> Tensor:
+        """``after(attention(before(x)))``; x ``[batch, 1, tokens, channels]``.
 
         ``context`` ``[batch, tokens, channels]`` gives keys and values, as it is; without it they come from x.
         """
+        before = self.to_q.run.ahead(x, before)
         source, prepare = x, before
         if context is not None:
-            source, prepare = context.float().contiguous()[:, None], None
+            source, prepare = context.to(x.dtype).contiguous()[:, None], PLAIN_INPUT
         q = _run(self.to_q, x, before)[:, 0]
         k, v = (_run(layer, source, prepare)[:, 0] for layer in (self.to_k, self.to_v))
         rounding: PackedAttention | None = getattr(self, PackedAttention.NAME, None)
-        mixed = attention(q, k, v, self.heads, () if rounding is None else rounding.operands(q))[:, None]
-        return _run(self.to_out[0], mixed, gain=gain, residual=residual)
+        if isinstance(self.to_q.run, NativeConvolution):
+            mixed = attention(q, k, v, self.heads, () if rounding is None else rounding.operands(q))
+        else:
+            mixed = attention_in_torch(q, k, v, self.heads, rounding)
+        return _run(self.to_out[0], mixed[:, None], after=after)
 
 
 class _Modulation(NamedTuple):
@@ -174,7 +171,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
             and FusedAttention.recognises(block.attn1)
             and type(block.ff) is FeedForward
             and type(net[0]) in (GELU, GEGLU)
-            and _native(net[0].proj, net[2])
+            and _fusable(net[0].proj, net[2])
         )
 
     def forward(
@@ -211,17 +208,17 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         adaptive = self.norm_type == "ada_norm_zero"
         early, late = self._modulations(x, timestep, class_labels) if adaptive else (_PLAIN, _PLAIN)
         norm1 = self.norm1.norm if adaptive else self.norm1
-        x = self.attn1.attend(x, _layer_norm(norm1, early.gain, early.shift), gain=early.gate, residual=x)
+        x = self.attn1.attend(x, _layer_norm(norm1, early.gain, early.shift), After(gain=early.gate, residual=x))
         if self.attn2 is not None:
-            x = self.attn2.attend(x, _layer_norm(self.norm2), context=encoder_hidden_states, residual=x)
-        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, late.gain, late.shift)), None
+            x = self.attn2.attend(x, _layer_norm(self.norm2), After(residual=x), encoder_hidden_states)
+        hidden, activate = _run(project.proj, x, _layer_norm(self.norm3, late.gain, late.shift)), PLAIN_INPUT
         if isinstance(project, GEGLU):
             activate = Before(activation="geglu")
         elif project.approximate == "tanh":
             activate = Before(activation="gelu")
         else:
             hidden = F.gelu(hidden)
-        return _run(out, hidden, activate, gain=late.gate, residual=x)[:, 0]
+        return _run(out, hidden, activate, After(gain=late.gate, residual=x))[:, 0]
 
     def _modulations(
         self, x: Tensor, timestep: Tensor | None, labels: Tensor | None
@@ -230,7 +227,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         norm = self.norm1
         embedding: Any = norm.emb(timestep, labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
         # scales are gains less 1
-        one = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.float32).repeat_interleave(x.shape[-1])
+        one = (torch.arange(6, device=x.device) % 3 == 1).to(x.dtype).repeat_interleave(x.shape[-1])
         rows = _project(norm.linear, embedding, norm.silu, one).expand(len(x), -1).chunk(6, dim=1)
         early, late = rows[:3], rows[3:]
         return _Modulation(*map(Tensor.contiguous, early)), _Modulation(*map(Tensor.contiguous, late))
@@ -249,7 +246,7 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         return (
             block.is_input_continuous
             and isinstance(block.norm, nn.GroupNorm)
-            and _native(block.proj_in, block.proj_out)
+            and _fusable(block.proj_in, block.proj_out)
         )
 
     def forward(
@@ -271,7 +268,7 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         tokens = _run(self.proj_in, pixels, _group_norm(self.norm))[:, 0]
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states, timestep=timestep)
-        y = _nchw(_run(self.proj_out, tokens.contiguous()[:, None], residual=pixels).reshape(x.shape))
+        y = _nchw(_run(self.proj_out, tokens.contiguous()[:, None], after=After(residual=pixels)).reshape(x.shape))
         return Transformer2DModelOutput(sample=y) if return_dict else (y,)
 
 
@@ -284,7 +281,7 @@ class FusedTimestepEmbedding(TimestepEmbedding):  # type: ignore[misc]
             block.cond_proj is None
             and block.post_act is None
             and isinstance(block.act, nn.SiLU)
-            and _native(block.linear_1, block.linear_2)
+            and _fusable(block.linear_1, block.linear_2)
         )
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -311,7 +308,7 @@ class FusedDownsample2D(Downsample2D):  # type: ignore[misc]
 
     @staticmethod
     def recognises(block: Downsample2D) -> bool:
-        return block.use_conv and block.padding == 0 and block.norm is None and _native(block.conv)
+        return block.use_conv and block.padding == 0 and block.norm is None and _fusable(block.conv)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not _runs_fused(hidden_states, (self.conv,)):
@@ -336,7 +333,7 @@ class FusedUpsample2D(Upsample2D):  # type: ignore[misc]
             and not block.use_conv_transpose
             and block.interpolate
             and block.norm is None
-            and _native(block.conv)
+            and _fusable(block.conv)
         )
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -357,35 +354,28 @@ _FUSED = (
 )
 
 
-def _native(*layers: nn.Module) -> bool:
+def _fusable(*layers: nn.Module) -> bool:
     return all(isinstance(layer, PackedModule) and isinstance(layer.run, Convolution) for layer in layers)
 
 
-def _runs_fused(x: Tensor, layers: tuple[nn.Module, ...], *others: nn.Module | None) -> bool:
-    """Whether the library takes x and still runs ``layers``, and nobody watches them or the others between them."""
-    if (
-        x.device.type != "cpu"
-        or not _native(*layers)
-        or any(is_watched(module) for module in (*layers, *others) if module is not None)
-    ):
+def _runs_fused(x: Tensor, layers: tuple[Any, ...], *others: nn.Module | None) -> bool:
+    """Whether the kernel of ``layers`` still takes x and what goes before it, and nobody watches them or the others
+    between them."""
+    if not _fusable(*layers) or any(is_watched(module) for module in (*layers, *others) if module is not None):
         return False
-    if x.dtype != torch.float32:
+    if any(x.device != layer.weight_scale.device for layer in layers):
+        return False
+    taken = all(x.dtype in layer.kernel.dtypes for layer in layers)
+    if not taken and x.is_cpu:
         warnings.warn(f"{x.dtype} is slow on a CPU: load the packed model with torch_dtype=torch.float32", stacklevel=1)
-    return x.dtype == torch.float32
+    return taken
 
 
 def _run(
-    layer: PackedModule,
-    x: Tensor,
-    before: Before | None = None,
-    *,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-    repeat: int = 1,
+    layer: PackedModule, x: Tensor, before: Before = PLAIN_INPUT, after: After = PLAIN_OUTPUT, *, repeat: int = 1
 ) -> Tensor:
     assert isinstance(layer.run, Convolution)
-    return layer.run.convolve(x, *layer.input_rows(x), before, bias=bias, gain=gain, residual=residual, repeat=repeat)
+    return layer.run.convolve(x, *layer.input_rows(x), before, after, repeat=repeat)
 
 
 def _group_norm(norm: nn.GroupNorm, activation: Activation = "none") -> Before:
@@ -406,8 +396,8 @@ def _project(layer: nn.Module, x: Tensor, activation: nn.Module | None, extra: T
     known = isinstance(activation, nn.SiLU | None)
     if known and x.ndim == 2 and isinstance(layer, PackedModule) and _runs_fused(x, (layer,), activation):
         residual = None if extra is None else extra.expand(len(x), -1).contiguous()[:, None, None]
-        before = None if activation is None else Before(activation="silu")
-        return _run(layer, x.contiguous()[:, None, None], before, residual=residual)[:, 0, 0]
+        before = PLAIN_INPUT if activation is None else Before(activation="silu")
+        return _run(layer, x.contiguous()[:, None, None], before, After(residual=residual))[:, 0, 0]
     y: Tensor = layer(x if activation is None else activation(x))
     return y if extra is None else y + extra
 

@@ -102,6 +102,12 @@ def refuse_gradients(*inputs: Tensor) -> None:
         raise BitstepError("packed layers have no gradients: run them under torch.no_grad()")
 
 
+def refuse_tracing() -> None:
+    """BitstepError under torch.jit.trace, which would not see what kernels do."""
+    if torch._C._get_tracing_state() is not None:
+        raise BitstepError("torch.jit.trace cannot record the kernels: choose the backend 'reference' for it")
+
+
 def beyond_bytes(problem: Problem) -> list[str]:
     """Why ``problem`` is no product of unsigned activation bytes and signed weight bytes, summed in 32 bits."""
     wrong: list[str] = []

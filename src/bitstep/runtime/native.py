@@ -106,12 +106,6 @@ def run(bind: Callable[..., Call], y: torch.Tensor, *args: Any, in_parts: bool =
         listener(bind, y, *args, in_parts=in_parts)
 
 
-def refuse_tracing() -> None:
-    """BitstepError under torch.jit.trace, which would not see a :func:`run`."""
-    if torch._C._get_tracing_state() is not None:
-        raise BitstepError("torch.jit.trace cannot record the native kernels: choose the backend 'reference' for it")
-
-
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors among values, or in tuples among them."""
     for value in values:
