@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_bytes_are_what_the_bits_promise(tmp_path: Path) -> None:
             sizes = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
         codes = sum(size for key, size in sizes.items() if key.endswith("weight_packed"))
         assert weights * bits / 8 <= codes < 1.02 * weights * bits / 8
+
+
+def test_the_memory_footprint_counts_codes_that_kernels_hold(tmp_path: Path) -> None:
+    random_model(unet(), 4).save_pretrained(tmp_path)
+    model = UNet2DModel.from_pretrained(tmp_path)
+    tensors = sum(tensor.nbytes for tensor in model.state_dict().values())
+    parameters = sum(tensor.nbytes for tensor in model.parameters())
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same.get_memory_footprint() == tensors
+        assert same.get_memory_footprint(return_buffers=False) == parameters
+    set_backend(model, "reference")  # which leaves them where they are
+    output(model)
+    assert model.get_memory_footprint() == tensors
 
 
 def test_float16_storage_loses_nothing(tmp_path: Path) -> None:

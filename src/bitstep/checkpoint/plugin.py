@@ -16,7 +16,7 @@ from bitstep.denoiser.steps import StepCursor
 from bitstep.errors import BitstepError, UsageError
 from bitstep.runtime import fused
 from bitstep.runtime.attention import PackedAttention
-from bitstep.runtime.dispatch import set_backend
+from bitstep.runtime.dispatch import packed_layers, set_backend
 from bitstep.runtime.layers import PackedModule, packed_like
 from bitstep.runtime.replay import enable_replay
 from bitstep.runtime.tables import StepRows
@@ -100,6 +100,7 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         set_backend(model)
         fused.fuse(model)
         enable_replay(model)
+        model.get_memory_footprint = MemoryFootprint(model)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True
@@ -126,6 +127,23 @@ class BitstepQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+class MemoryFootprint:
+    """Stands in for ``get_memory_footprint`` of a packed model: codes that a kernel holds, which are no buffers then,
+    count as what they are on disk."""
+
+    def __init__(self, model: ModelMixin) -> None:
+        self.model = model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)
+
+    def __call__(self, return_buffers: bool = True) -> int:
+        counted: int = type(self.model).get_memory_footprint(self.model, return_buffers)
+        layers = packed_layers(self.model).values()
+        held = (layer.packed_nbytes for layer in layers if layer._buffers["weight_packed"] is None)
+        return counted + (sum(held) if return_buffers else 0)
 
 
 def _refuse_missing(model: ModelMixin, keys: list[str]) -> None:

@@ -166,6 +166,12 @@ class PackedModule(nn.Module):
         return (problem.out_channels, problem.in_channels // problem.groups, *problem.kernel_size)
 
     @property
+    def packed_nbytes(self) -> int:
+        """Bytes of ``weight_packed``."""
+        out, *rest = self.weight_shape
+        return self.format.bases * out * packed_size(prod(rest), self.format.weight_bits)
+
+    @property
     def weight(self) -> Tensor:
         """The weight that takes the layer's input as it comes, the channel reciprocals in it: float32, computed
         whenever its values are read."""

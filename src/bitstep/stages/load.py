@@ -137,7 +137,7 @@ def _locate(name: str) -> Path:
     except Exception as error:  # offline, not found, gated, no safetensors: each has its own exception
         raise BitstepError(
             f"{name} is no folder here and cannot be had from the Hugging Face Hub "
-            f"(offline, unknown or private?): {first_line(error)}"
+            f"(offline, unknown or private?): {first_line(error).partition(' (')[0].rstrip('.')}"
         ) from error
 
 
