@@ -192,7 +192,7 @@ from bitstep.runtime.device_code import multiply
 pointers = {"codes": "*i8", "weight": "*i8", "weight_sum": "*i32"}
 pointers |= dict.fromkeys(["bias", "input_scale", "input_zero_point", "weight_scale"], "*fp32")
 pointers["y"] = "*i32" if PARTS > 1 else "*fp32"
-constants = {"gain": None, "residual": None, "BIASES": False, "BASES": 1, "SPLITS": PARTS}
+constants = {"gain": None, "residual": None, "BIASES": False, "ALONE": False, "BASES": 1, "SPLITS": PARTS}
 constants |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 constants |= {f"{name}_{axis}": 1 for name in ("KERNEL", "STRIDE", "DILATION") for axis in "HW"}
 names = multiply.arg_names

@@ -28,6 +28,9 @@ from bitstep.runtime import cuda
 from bitstep.runtime.convolution import After, Before
 from bitstep.runtime.cuda import CudaKernel, TritonConvolution
 from bitstep.runtime.fused import fuse, fused_blocks
+from bitstep.runtime.reference import ReferenceKernel
+from bitstep.runtime.replay import enable_replay
+from bitstep.runtime.tape import listen
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,9 +281,54 @@ def test_a_block_that_was_fused_on_the_cpu_stays_so_on_a_gpu() -> None:
     assert_same(block(x.to(DEVICE), None).cpu(), expected)
 
 
+def test_what_a_graph_must_watch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs read parameters past torch's dispatcher. The interpreter's copies could not be recorded."""
+    monkeypatch.setattr(TritonConvolution, "_coded", lambda *_: None)
+    monkeypatch.setattr(TritonConvolution, "_multiply", lambda _, y, *__: y.zero_())
+    block, x = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4), torch.randn(1, 16, 4, 4, device=DEVICE)
+    fuse(packed(nn.Sequential(block), kernel=CUDA).to(DEVICE))
+    block(x, None)  # prepared
+    _, recorder = listen(lambda x: block(x, None), x)
+    assert recorder.refusal is None
+    constants = {tensor.data_ptr() for tensor in recorder.constants.values()}
+    assert {parameter.data_ptr() for parameter in block.parameters()} <= constants
+
+
+def test_autocast_leaves_the_residual_stream_as_it_is() -> None:
+    block = BasicTransformerBlock(16, 2, 8)
+    fuse(packed(nn.Sequential(block), kernel=CUDA).to(DEVICE))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert block(torch.randn(2, 9, 16, device=DEVICE)).dtype == torch.float32
+
+
+class Only(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any) -> Any:
+        return self.block(*args)
+
+
+def test_a_block_is_fused_when_its_layers_come_where_they_can_be() -> None:
+    block, x = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4), torch.randn(1, 16, 4, 4)
+    model = packed(Only(block), kernel=ReferenceKernel())
+    fuse(model)
+    enable_replay(model)
+    assert fused_blocks(model) == []
+    for layer in (block.conv1, block.conv2):
+        layer.choose = lambda _: CUDA
+        layer.forget_kernel()
+    model.to(DEVICE)
+    model(x.to(DEVICE), None)
+    assert fused_blocks(model) == ["block"]
+
+
 # ---- compiled without a GPU
 
 COMPILE = """
+from itertools import product
+
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -292,6 +340,8 @@ def compiled(name, pointers, **constants):
     names = program.arg_names
     given = {**dict.fromkeys(pointers, "*fp16"), "codes": "*i8", "eps": "fp32"}
     given |= dict.fromkeys(["scale", "zero_point", "reciprocal", "moments", "affine"], "*fp32")
+    given |= dict.fromkeys(["input_scale", "input_zero_point", "weight_scale"], "*fp32")
+    given |= {"weight": "*i8", "weight_sum": "*i32", "parts": "*i32"}
     source = ASTSource(
         fn=program,
         signature={n: "constexpr" if n in constants else given.get(n, "i32") for n in names},
@@ -311,6 +361,12 @@ for ones in ({}, {"pixels": 1, "width": 1, "channels": 1}):
     compiled("channel_moments", ["x"], BLOCK_P=64, BLOCK_C=64, channel_stride=1, **ones)
 for ones in ({}, {"pixels": 1, "blocks": 1, "channels": 1, "width": 1, "gain": None, "shift": None}):
     compiled("group_affine", ["gain", "shift"], BLOCK_P=64, BLOCK_B=64, BLOCK_C=16, **ones)
+layer = {f"{name}_{axis}": 1 for name in ("KERNEL", "STRIDE", "DILATION") for axis in "HW"}
+ends = [{"BIASES": True, "gain": None}, {"BIASES": False}, {"BIASES": True, "out": 1}]
+for alone, end in product((False, True), ends):
+    tile = {"ALONE": alone, "SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}
+    compiled("multiply", ["y", "bias", "gain", "residual"], BASES=1, **tile, **layer, **end)
+    compiled("add_up", ["y", "bias", "gain", "residual"], BASES=2, SPLITS=4, BLOCK=1024, **end)
 """
 
 

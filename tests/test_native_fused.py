@@ -196,6 +196,20 @@ def test_residual_block(out_channels: int, layout: torch.memory_format) -> None:
     assert_same(*run_both(block, x, torch.randn(2, 12)))
 
 
+def test_an_embedding_that_is_not_projected_is_added_all_the_same() -> None:
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4)
+    assert_same(*run_both(block, torch.randn(2, 16, 6, 5), torch.randn(2, 16, 1, 1)))
+
+
+def test_dropout_drops_out_in_training() -> None:
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4, dropout=0.5)
+    fuse(packed(nn.Sequential(block)))
+    x = torch.randn(2, 16, 6, 5)
+    assert torch.equal(block(x, None), block(x, None))
+    block.train()
+    assert not torch.equal(block(x, None), block(x, None))
+
+
 def test_attention_over_a_map() -> None:
     block = Attention(query_dim=24, heads=3, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True)
     assert_close(*run_both(block, torch.randn(2, 24, 4, 3)))
@@ -289,9 +303,10 @@ def map_transformer(linear: bool = False) -> Transformer2DModel:
     )
 
 
-def test_embedding_of_timestep_and_label() -> None:
+@pytest.mark.parametrize("timesteps", [[3.0, 500.0], [3.0]])
+def test_embedding_of_timestep_and_label(timesteps: list[float]) -> None:
     block = CombinedTimestepLabelEmbeddings(10, 16)
-    assert_same(*run_both(block, torch.tensor([3.0, 500.0]), torch.tensor([1, 7]), hidden_dtype=torch.float32))
+    assert_same(*run_both(block, torch.tensor(timesteps), torch.tensor([1, 7]), hidden_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 8)])

@@ -60,7 +60,7 @@ def attention_in_torch(q: Tensor, k: Tensor, v: Tensor, heads: int, rounding: Pa
     else:
         with torch._C.DisableTorchFunction():  # what else intercepts this attention
             mixed = rounding(*per_head)
-    return mixed.transpose(1, 2).flatten(2)
+    return mixed.to(q.dtype).transpose(1, 2).flatten(2)  # under autocast it is narrower
 
 
 def _attention_call(

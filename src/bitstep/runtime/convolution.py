@@ -99,7 +99,8 @@ class Convolution(ABC):
         _require((after.bias, after.gain), (batch, self.problem.out_channels))
         _require((after.residual,), tuple(y.shape))
         _require((scale, zero_point), (1,), (batch,))
-        _require((before.gain, before.shift), (channels,), (1, channels), (batch, channels))
+        by_sample = [] if before.groups else [(1, channels), (batch, channels)]
+        _require((before.gain, before.shift), (channels,), *by_sample)
         if y.numel():
             self.compute(y, x, scale.contiguous(), zero_point.contiguous(), before, after, repeat)
         return y

@@ -15,7 +15,10 @@ BEYOND = tl.constexpr(1_048_576.0)
 """Larger than any code; what lies beyond is clipped, rounded or not."""
 
 
-@triton.jit
+# a program for all sizes: those that are 1 or divisible by 16 would else be compiled once more, and run no faster
+@triton.jit(
+    do_not_specialize=["height", "width", "padded_height", "padded_width", "affine_stride", "scale_stride"],
+)
 def code_inputs(
     x,  # floating point, at (sample, row, column, channel) * strides
     codes,  # int8 [samples, padded_height, padded_width, padded_channels]: code - 128
@@ -88,7 +91,7 @@ def code_inputs(
     tl.store(codes + places, v.to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def channel_moments(
     x,  # floating point, at (sample, row, column, channel) * strides
     moments,  # float32 [samples, blocks of pixels, 2, channels]
@@ -117,7 +120,7 @@ def channel_moments(
     tl.store(places + channels, tl.sum(deviation * deviation, 0), mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "blocks", "width"])
 def group_affine(
     moments,  # of ``channel_moments``
     gain,  # floating point [channels], or None
@@ -186,7 +189,15 @@ def unpack_weight(
         tl.store(weight + (row * steps + first + i) * BLOCK_K + k, value, mask=known & (first + i < steps))
 
 
-# a program for all sizes: those that are 1 or divisible by 16 would else be compiled once more, and run no faster
+@triton.jit
+def add_and_store(result, residual, y, m, n, rows, columns):
+    """A part of y ``[rows, columns]``, the residual added to it."""
+    places = m.to(tl.int64)[:, None] * columns + n[None, :]
+    stored = (m < rows)[:, None] & (n < columns)[None, :]
+    result += tl.load(residual + places, mask=stored, other=0.0).to(tl.float32)
+    tl.store(y + places, result.to(y.dtype.element_ty), mask=stored)
+
+
 @triton.jit(do_not_specialize=["samples", "height", "width", "out_height", "out_width", "scale_stride"])
 def multiply(
     codes,  # int8 [samples, height, width, channels]: code - 128, padded
@@ -208,6 +219,7 @@ def multiply(
     out,
     scale_stride,
     BIASES: tl.constexpr,
+    ALONE: tl.constexpr,  # whether the rows of a tile are all of one sample
     BASES: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -262,13 +274,19 @@ def multiply(
             result += total.to(tl.float32) * tl.load(weight_scale + basis * out + column)[None, :]
     if SPLITS == 1:
         result *= tl.load(input_scale + sample * scale_stride)[:, None]
-        of_sample = sample[:, None] * out + column[None, :]
+        of_tile = tl.minimum(tl.program_id(0) * BLOCK_M, outputs - 1) // (out_height * out_width)
+        of_sample = (of_tile if ALONE else sample[:, None]) * out + column[None, :]
         result += tl.load(bias + (of_sample if BIASES else column[None, :])).to(tl.float32)
         if gain is not None:
             result *= tl.load(gain + of_sample).to(tl.float32)
-        if residual is not None:
-            result += tl.load(residual + places, mask=stored, other=0.0).to(tl.float32)
-        tl.store(y + places, result.to(y.dtype.element_ty), mask=stored)
+        if residual is None:
+            tl.store(y + places, result.to(y.dtype.element_ty), mask=stored)
+        else:  # by halves: with all of it in registers, fewer programs would run at a time
+            halves = tl.permute(tl.reshape(result, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left_half, right_half = tl.split(halves)
+            half = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            add_and_store(left_half, residual, y, m, half, outputs, out)
+            add_and_store(right_half, residual, y, m, half + BLOCK_N // 2, outputs, out)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_of_sample", "scale_stride"])

@@ -65,7 +65,8 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         parts = (self.norm1, self.nonlinearity, self.norm2, self.dropout)
-        if args or kwargs or not _runs_fused(input_tensor, (self.conv1, self.conv2), *parts):
+        unknown = args or kwargs or (temb is not None and self.time_emb_proj is None)
+        if unknown or not _runs_fused(input_tensor, (self.conv1, self.conv2), *parts):
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
         x = _nhwc(input_tensor)
         bias = None
@@ -226,11 +227,11 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         """Of attention and of the feed-forward."""
         norm = self.norm1
         embedding: Any = norm.emb(timestep, labels, hidden_dtype=x.dtype) if norm.emb is not None else timestep
-        # scales are gains less 1
-        one = (torch.arange(6, device=x.device) % 3 == 1).to(x.dtype).repeat_interleave(x.shape[-1])
-        rows = _project(norm.linear, embedding, norm.silu, one).expand(len(x), -1).chunk(6, dim=1)
-        early, late = rows[:3], rows[3:]
-        return _Modulation(*map(Tensor.contiguous, early)), _Modulation(*map(Tensor.contiguous, late))
+        rows = _project(norm.linear, embedding, norm.silu, None).expand(len(x), -1).chunk(6, dim=1)
+        early, late = (
+            _Modulation(shift.contiguous(), 1 + scale, gate.contiguous()) for shift, scale, gate in (rows[:3], rows[3:])
+        )
+        return early, late
 
     def _between(self) -> list[nn.Module | None]:
         """The modules that do not run, or only parts of them, when the block does."""
@@ -258,7 +259,7 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        unknown = any(argument is not None for argument in (*args, *kwargs.values()))
+        unknown = any(argument is not None and argument != {} for argument in (*args, *kwargs.values()))
         if unknown or not _runs_fused(hidden_states, (self.proj_in, self.proj_out), self.norm):
             return super().forward(
                 hidden_states, encoder_hidden_states, timestep, *args, return_dict=return_dict, **kwargs
@@ -359,9 +360,11 @@ def _fusable(*layers: nn.Module) -> bool:
 
 
 def _runs_fused(x: Tensor, layers: tuple[Any, ...], *others: nn.Module | None) -> bool:
-    """Whether the kernel of ``layers`` still takes x and what goes before it, and nobody watches them or the others
-    between them."""
+    """Whether the kernel of ``layers`` still takes x, nobody watches them or the others between them, and none of
+    those drops out."""
     if not _fusable(*layers) or any(is_watched(module) for module in (*layers, *others) if module is not None):
+        return False
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in others):
         return False
     if any(x.device != layer.weight_scale.device for layer in layers):
         return False
@@ -393,7 +396,8 @@ def _layer_norm(norm: nn.LayerNorm, gain: Tensor | None = None, shift: Tensor | 
 
 def _project(layer: nn.Module, x: Tensor, activation: nn.Module | None, extra: Tensor | None) -> Tensor:
     """``layer(activation(x)) + extra``; x ``[batch, in]``, extra ``[out]`` or ``[batch, out]``."""
-    known = isinstance(activation, nn.SiLU | None)
+    alike = extra is None or extra.ndim == 1 or len(extra) == len(x)
+    known = isinstance(activation, nn.SiLU | None) and alike
     if known and x.ndim == 2 and isinstance(layer, PackedModule) and _runs_fused(x, (layer,), activation):
         residual = None if extra is None else extra.expand(len(x), -1).contiguous()[:, None, None]
         before = PLAIN_INPUT if activation is None else Before(activation="silu")

@@ -29,6 +29,7 @@ from bitstep.library import current_instruction_set
 from bitstep.runtime import graph, tape
 from bitstep.runtime.adapters import fit_adapters
 from bitstep.runtime.attention import PackedAttention, is_watched
+from bitstep.runtime.fused import fuse
 from bitstep.runtime.graph import Graph
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.tape import Tape
@@ -127,6 +128,7 @@ class Watch:
         for module in modules:
             if isinstance(module, PackedModule):
                 module.run  # noqa: B018  (prepared now, not while a forward pass is recorded)
+        fuse(model)  # where a device has kernels that the one before had not
         rows = (module.rows for module in modules if isinstance(module, PackedModule | PackedAttention))
         cursors = {found.cursor for found in rows if found is not None}
         self._inner = modules[1:]
