@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py            # layers and models: benchmarks/results/gpu.json, tables in docs/performance.md
     python benchmarks/gpu.py layers     # one of them; the results of the other stay
+    python benchmarks/gpu.py models --models sd15
     python benchmarks/gpu.py tables     # no GPU needed: the tables once more, from the results
 
 Programs are compiled in many processes before anything is timed. Single layers are timed by the device's clock, with
@@ -397,27 +398,32 @@ def compare(makers: dict[str, Callable[[], Variant]]) -> list[dict[str, Any]]:
     return [{"name": name, **row} for name, row in rows.items()]
 
 
+def _order(comparison: dict[str, Any]) -> tuple[int, int]:
+    return list(MODELS).index(comparison["model"]), comparison["batch"]
+
+
 def compile_model(job: tuple[Path, str, int]) -> None:
     torch.set_grad_enabled(False)
     _, denoise = packed_from(*job, replayed=False)
     denoise()
 
 
-def measure_models(results: dict[str, Any], save: Callable[[], None], with_compile: bool) -> None:
-    results["models"] = []
+def measure_models(names: list[str], results: dict[str, Any], save: Callable[[], None], with_compile: bool) -> None:
+    """Tables of other models stay as they are."""
     with tempfile.TemporaryDirectory() as temporary:
-        folders: dict[str, dict[str, Path]] = {name: {} for name in MODELS}
-        for name, widths in MODELS.items():
-            for width in widths:
+        folders: dict[str, dict[str, Path]] = {name: {} for name in names}
+        for name in names:
+            for width in MODELS[name]:
                 folder = folders[name][width] = Path(temporary, f"{name}-{width}")
                 if failure := tried(partial(pack, name, width, folder)):
                     print(f"{name} {width}: {failure}")
-        jobs = [(f, name, batch) for name in MODELS for f in folders[name].values() for batch in BATCHES]
+        jobs = [(f, name, batch) for name in names for f in folders[name].values() for batch in BATCHES]
         in_processes(compile_model, jobs, 200)
-        for name, batch in product(MODELS, BATCHES):
+        for name, batch in product(names, BATCHES):
             print(f"{name}, batch {batch}:", flush=True)
             rows = compare(variants(name, batch, folders[name], with_compile))
-            results["models"].append({"model": name, "batch": batch, "rows": rows})
+            others = [old for old in results.get("models", []) if (old["model"], old["batch"]) != (name, batch)]
+            results["models"] = sorted([*others, {"model": name, "batch": batch, "rows": rows}], key=_order)
             save()
 
 
@@ -496,6 +502,7 @@ def require_gpu() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["all", "layers", "models", "tables"], default="all")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where they are kept")
     arguments = parser.parse_args()
@@ -516,7 +523,7 @@ def main() -> None:
         measure_layers(results)
         save()
     if arguments.what in ("all", "models"):
-        measure_models(results, save, arguments.compile)
+        measure_models(arguments.models, results, save, arguments.compile)
     if arguments.results == RESULTS:
         put(DOCUMENT, RESULTS.stem, document(results))
     print(document(results))
