@@ -114,6 +114,7 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
         ("efficientdm", "W4A4", ["weights.rnk=3"], "did you mean 'rank'"),
         ("best", "W2A8", ["weights.rank=3"], "where kind is 'binary'; known: kind, evolvable, allocation$"),
         ("mse", "W4A4", ["training.0.iterations=3"], "'training.0.iterations': the list there is empty$"),
+        ("mse", "W4A4", ["weights.rank=4"], "adapters, and nothing is trained: leave it at 0$"),
         ("mse", "W4A4", ["layers.rules=[{match: '*'}]"], r"'\*' changes nothing: give weight_bits"),
         ("mse", "W4A4", ["layers.rules=[{match: '*', foo: 3}]"], "foo'; known: match, type, weight_bits, "),
         ("mse", "W4A4", ["layers=5"], r"layers: expected settings \(key: value\), got 5"),
@@ -127,7 +128,6 @@ def test_mistakes_in_a_file_get_one_clear_line(content: str, message: str, tmp_p
             ["weights.rank=8"],
             "do not go together: weights.rank asks for adapters, whose learning",
         ),
-        ("minmax", "W4A4", ["weights.rank=8"], "do not go together: weights.rank asks for adapters, whose learning"),
         (
             "efficientdm",
             "W4A4",

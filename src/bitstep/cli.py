@@ -360,18 +360,22 @@ class Bars:
             TextColumn("{task.fields[note]}"),
         )
         hidden = self._transient and not self._console.is_terminal
-        with Progress(*columns, console=self._console, transient=self._transient, disable=hidden) as bars:
-            bar = bars.add_task(title, total=None, note="")
+        quiet = self._console.quiet
+        try:
+            with Progress(*columns, console=self._console, transient=self._transient, disable=hidden) as bars:
+                bar = bars.add_task(title, total=None, note="")
 
-            def update(done: int, total: int, note: str = "") -> None:
-                bars.update(bar, completed=done, total=total, note=note)
+                def update(done: int, total: int, note: str = "") -> None:
+                    bars.update(bar, completed=done, total=total, note=note)
 
-            try:
-                yield update
-            except BaseException:  # what is left to say is one line
-                bars.live.transient = True
-                self._console.quiet |= not self._console.is_terminal
-                raise
+                try:
+                    yield update
+                except BaseException:  # an unfinished bar is not worth a line
+                    bars.live.transient = True
+                    self._console.quiet |= not self._console.is_terminal
+                    raise
+        finally:
+            self._console.quiet = quiet
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -52,6 +52,7 @@ def resolve(recipe: str | Path, bits: str, effort: Effort, overrides: Iterable[s
     """
     if effort not in get_args(Effort):
         raise UsageError(f"unknown effort {effort!r}: expected one of {', '.join(get_args(Effort))}")
+    bits = bits.upper()
     widths = weight_bits, activation_bits = parse_bits(bits)
     from_file = str(recipe).endswith((".yaml", ".yml"))
     asked = (*widths, effort)

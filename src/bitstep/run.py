@@ -59,7 +59,7 @@ def quantize(
 
     A run that was killed goes on with ``resume`` and ends in the same bytes. ``progress`` is told of every stage; the
     command line's :class:`bitstep.cli.Bars` is one. Raises UsageError for input that cannot work and BitstepError for
-    what fails on the way; ``out`` then does not exist.
+    what fails on the way; ``out`` is then as it was.
     """
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, as_list(overrides))
@@ -80,6 +80,7 @@ def quantize(
     ]
     work = RunFolder.claim(out, identity, keep=keep, resume=resume, overwrite=overwrite)
     if work is None:
+        progress.line(f"{out} was finished before: there is nothing to go on with")
         return out
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _in_one_line(device, work, progress):
@@ -182,17 +183,16 @@ def _fit(
             )
             carried = work.once("sensitivity", measure)
         importance = carried**emphasis
-    with progress.stage("calibrate activation ranges") as update:
-        student = prepare(
-            source.denoiser,
-            pool,
-            method,
-            weight_bits=recipe.weight_bits,
-            activation_bits=recipe.activation_bits,
-            seed=seed,
-            importance=importance,
-            progress=update,
-        )
+    student = prepare(
+        source.denoiser,
+        pool,
+        method,
+        weight_bits=recipe.weight_bits,
+        activation_bits=recipe.activation_bits,
+        seed=seed,
+        importance=importance,
+        progress=progress,
+    )
     if method.training:
         context = student.context(source.denoiser, pool, work.path, seed, images=images, sensitivity=carried)
         _train(context, method.training, work, progress)
@@ -255,7 +255,9 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         progress.line(f"{kind}: {summary(found.values())}")
     if scales := student.rewritten.scales:
         folded = sum(map(len, student.rewritten.folded.values()))
-        progress.line(f"1 / s: in a norm or layer before for {folded} layers, a vector for {len(scales) - folded}")
+        progress.line(
+            f"for that, inputs are divided: {folded} by the norm or layer before, {len(scales) - folded} where read"
+        )
 
 
 def _read_images(data: Path, source: Source, inputs: Inputs, progress: Reporter) -> TrainingImages:

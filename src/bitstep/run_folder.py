@@ -94,10 +94,11 @@ class RunFolder:
                 raise UsageError(
                     f"{self.path} holds an unfinished run: give --resume to go on with it, or --overwrite to discard it"
                 )
-            if resume and _read_identity(self.path / RUN) != identity:
-                raise UsageError(
-                    f"{self.path} holds a run with another source, seed or recipe: repeat its options, or --overwrite"
-                )
+            stored = _read_identity(self.path / RUN) or {}
+            if resume and stored != identity:
+                other = [name for name in identity if stored.get(name) != identity[name]]
+                said = " and ".join(other).replace("recipe", "recipe (its bits and settings included)")
+                raise UsageError(f"{self.path} holds a run with another {said}: repeat its options, or --overwrite")
             if resume:
                 return
         try:

@@ -36,7 +36,7 @@ class Variant(Slot):
 def nearest(name: str, known: Any) -> str:
     """``", did you mean 'x'?"`` for the closest of ``known``, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {matches[0]!r}?" if matches else ""
+    return f", did you mean {matches[0]!r}" if matches else ""
 
 
 def _leaves(cls: type[Variant]) -> list[Any]:

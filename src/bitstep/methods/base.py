@@ -84,6 +84,8 @@ class UniformWeights(Weights):
         return {"adapter" if self.rank else "weight", "weight_scale"} | zero_points
 
     def check(self, training: Sequence[Phase]) -> None:
+        if self.rank and not training:
+            raise ValueError("weights.rank asks for adapters, and nothing is trained: leave it at 0")
         # an adapter takes the place of the weight: with its learning rate at 0, nothing would be trained but scales
         if self.rank and not any(phase.learning_rates.adapter for phase in training):
             raise ValueError(

@@ -146,14 +146,14 @@ def _check(pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Paramet
     """Raise UsageError for what the pipeline does not take."""
     name = type(pipeline).__name__
     if sampling.get("prompts") is not None and "prompt" not in parameters:
-        raise UsageError(f"{name} takes no prompts")
+        raise UsageError(f"{name} takes no prompts: leave them out")
     if sampling.get("pictures") is not None and not set(PARAMETERS) & parameters.keys():
-        raise UsageError(f"{name} takes no pictures")
+        raise UsageError(f"{name} takes no pictures: leave them out")
     if sampling.get("guidance_scale") is not None and "guidance_scale" not in parameters:
-        raise UsageError(f"{name} takes no guidance scale")
+        raise UsageError(f"{name} takes no guidance scale: leave it out")
     taken = parameters.keys() | ({"width", "height"} if sampling.get("pictures") else set())
     if untaken := read_size(sampling.get("size")).keys() - taken:
-        raise UsageError(f"{name} takes no {' and no '.join(sorted(untaken))}: leave that out of the size")
+        raise UsageError(f"{name} takes no {' and no '.join(sorted(untaken))}: leave that, or the whole size, out")
     longest = pipeline.scheduler.config.get("num_train_timesteps", sampling["steps"])
     if sampling["steps"] > longest:
         raise UsageError(f"{name} samples in at most {longest} steps: got {sampling['steps']}")

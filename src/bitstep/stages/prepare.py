@@ -22,7 +22,7 @@ from bitstep.methods.base import Context, Errors, Method, UniformWeights
 from bitstep.numerics.dilation import stretched
 from bitstep.numerics.uniform import RangeMethod
 from bitstep.planning import WEIGHT_ONLY_BITS, AttentionPlan, LayerPlan, Plan, add_attention, plan_layers
-from bitstep.progress import Progress, silent
+from bitstep.progress import SILENT, Reporter
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.attention import AttentionQuantizer
 from bitstep.quantizers.layers import FakeQuantized
@@ -74,7 +74,7 @@ def prepare(
     activation_bits: int,
     seed: int = 0,
     importance: Tensor | None = None,
-    progress: Progress = silent,
+    progress: Reporter = SILENT,
 ) -> Student:
     """Decide the plan, observe the teacher's activations on ``pool``, and replace the layers of a copy of it.
 
@@ -89,15 +89,16 @@ def prepare(
     sites = [site.name for site in plan.attention]
     observed = Observations()
     if names or sites:
-        observed = observe(
-            teacher,
-            pool,
-            names,
-            attention=sites,
-            images=method.calibration.range_images,
-            batch_size=method.calibration.batch_size,
-            progress=progress,
-        )
+        with progress.stage("calibrate activation ranges") as update:
+            observed = observe(
+                teacher,
+                pool,
+                names,
+                attention=sites,
+                images=method.calibration.range_images,
+                batch_size=method.calibration.batch_size,
+                progress=update,
+            )
         plan = _with_known_attention(plan, observed)
     rewritten = rewrite(teacher, structure, method.rewrites, observed.layers)
     cursor = StepCursor(StepGrid.from_timesteps(pool.timesteps, pool.unit))
@@ -161,7 +162,7 @@ def _errors(
     pool: Pool,
     method: Method,
     importance: Tensor | None,
-    progress: Progress,
+    progress: Reporter,
     choices: Mapping[str, Sequence[LayerPlan]],
 ) -> Mapping[str, Sequence[float]]:
     """What each of the plans that a layer might have would do to the teacher's output."""
@@ -171,7 +172,8 @@ def _errors(
         for name, found in choices.items()
     }
     counts = torch.ones(len(pool.timesteps)) if importance is None else importance
-    return weight_errors(teacher, pool, rounded, counts, progress=progress)
+    with progress.stage("measure what bits are worth") as update:
+        return weight_errors(teacher, pool, rounded, counts, progress=update)
 
 
 @dataclass(frozen=True)
