@@ -1,9 +1,9 @@
 """What works best together, by width; ``best`` stands for the one that wins (:func:`bitstep.methods.method_named`).
 
 Weights as wide as activations: EfficientDM, ranges smoothed and the output preconditioned. Narrower weights, and
-activations of at most four bits: DilateQuant, the last blocks trained together in the end, and such an output; at the quick effort, which
-has no time for every block, the former. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero
-point, EfficientDM's distillation, and such an output.
+activations of at most four bits: DilateQuant, the last blocks trained together in the end, and such an output; at the
+quick effort, which has no time for every block, the former. One to two bits a weight: BinaryDM's bases and warm-up,
+activations with a zero point, EfficientDM's distillation, and such an output.
 """
 
 from __future__ import annotations
