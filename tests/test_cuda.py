@@ -147,7 +147,6 @@ def test_inputs_are_rounded_like_everywhere_else(bits: int) -> None:
 @pytest.mark.parametrize(
     ("layer", "options", "reason"),
     [
-        (nn.Linear(8, 3), {"activation_bits": None}, "floating-point activations"),
         (nn.Linear(8, 3), {"bits": 8, "symmetric": False}, "zero point other than 128"),
         (nn.Linear(70_000, 1), {}, "32 bits"),
         (nn.Conv1d(6, 4, 3, groups=2), {}, "groups"),

@@ -185,16 +185,25 @@ def test_what_cannot_be_packed_is_refused(layer: nn.Module) -> None:
 
 def test_dispatch_takes_the_first_that_does_not_refuse() -> None:
     layer = nn.Linear(8, 3)
-    for activation_bits in (4, None):
-        module = filled(layer, random_layer(layer, 4, activation_bits))
-        table = reasons(module.problem)
-        assert list(table) == list(KERNELS)
-        assert list(table)[-1] == "reference"
-        assert table["reference"] == []
-        first = next(name for name, why in table.items() if not why)
-        assert choose(module.problem).name == first
-        set_backend(module)
-        assert kernels_in_use(module) == {"": first}
+    module = filled(layer, random_layer(layer, 4, 4))
+    table = reasons(module.problem)
+    assert list(table) == list(KERNELS)
+    assert list(table)[-1] == "reference"
+    assert table["reference"] == []
+    first = next(name for name, why in table.items() if not why)
+    assert choose(module.problem).name == first
+    set_backend(module)
+    assert kernels_in_use(module) == {"": first}
+
+
+@pytest.mark.parametrize(("backend", "kernel"), [(None, "float"), ("cuda", "float"), ("reference", "reference")])
+def test_activations_in_floating_point_are_no_backend_s_business(backend: str | None, kernel: str) -> None:
+    layer = nn.Linear(8, 3)
+    module = filled(layer, random_layer(layer, 4, None))
+    set_backend(module, backend)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module(x), nn.functional.linear(x, module.computed_weight(), module.bias))
+    assert kernels_in_use(module) == {"": kernel}
 
 
 def test_a_forced_backend_that_refuses_says_why() -> None:

@@ -15,7 +15,6 @@ from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
 from bitstep.runtime.convolution import ACTIVATIONS, After, Before, Convolution
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
-from bitstep.runtime.reference import in_float
 
 _COLUMN = 16
 _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
@@ -25,8 +24,7 @@ class CpuKernel(Kernel):
     """Integer arithmetic on packed weights: AMX, AVX512, AVX2 or portable code, chosen when the library loads.
 
     Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
-    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI and no AMX. A layer with
-    floating-point activations is left to torch, and gives a channels-last map, as the layers beside it want it.
+    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI and no AMX.
     """
 
     name = "cpu"
@@ -37,15 +35,11 @@ class CpuKernel(Kernel):
             wrong.append(f"it runs on the CPU, not on {problem.device}")
         if native.kernels() is None:
             wrong.append("the native library is not built (install a C++ compiler and reinstall bitstep)")
-        if problem.activation_bits is None:
-            return wrong
         if problem.groups != 1:
             wrong.append("grouped convolution")
         return wrong + beyond_bytes(problem)
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
-        if problem.activation_bits is None:
-            return in_float(problem, tensors, channels_last=True)
         return NativeConvolution(problem, tensors)
 
 

@@ -40,8 +40,6 @@ class CudaKernel(Kernel):
         if problem.device != "cuda":
             return [f"it runs on NVIDIA GPUs, not on {problem.device}"]
         wrong: list[str] = []
-        if problem.activation_bits is None:
-            wrong.append("floating-point activations")
         if problem.groups > 1:
             wrong.append("a convolution in groups")
         wrong += beyond_bytes(problem)

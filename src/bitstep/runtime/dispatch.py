@@ -13,12 +13,13 @@ from bitstep.runtime.cuda import CudaKernel
 from bitstep.runtime.kernel import Kernel, Problem
 from bitstep.runtime.layers import PackedModule
 from bitstep.runtime.onednn import OneDnnKernel
-from bitstep.runtime.reference import ReferenceKernel
+from bitstep.runtime.reference import FloatKernel, ReferenceKernel
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel for kernel in (CpuKernel(), OneDnnKernel(), CudaKernel(), ReferenceKernel())
 }
-"""Every kernel by name, the fastest of a device first."""
+"""Every kernel of quantized activations by name, the fastest of a device first."""
+FLOAT = FloatKernel()
 
 
 def reasons(problem: Problem) -> dict[str, list[str]]:
@@ -27,7 +28,12 @@ def reasons(problem: Problem) -> dict[str, list[str]]:
 
 
 def choose(problem: Problem, backend: str | None = None) -> Kernel:
-    """The first kernel that runs ``problem``, or the one named ``backend``; BitstepError when that one refuses."""
+    """The first kernel that runs ``problem``, or the one named ``backend``; BitstepError when that one refuses.
+
+    Activations in floating point are the business of no backend but the reference.
+    """
+    if problem.activation_bits is None and backend != ReferenceKernel.name:
+        return FLOAT
     if backend is None:
         return next(kernel for kernel in KERNELS.values() if not kernel.unsupported(problem))
     kernel = named(backend)

@@ -89,7 +89,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def unsupported(self, problem: Problem) -> list[str]:
-        """Why this kernel cannot run ``problem`` here; empty when it can."""
+        """Why this kernel cannot run ``problem``, its activations quantized, here; empty when it can."""
 
     @abstractmethod
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:

@@ -18,7 +18,7 @@ from bitstep.errors import first_line
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.numerics.uniform import quantize
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
-from bitstep.runtime.reference import align_channels, in_float
+from bitstep.runtime.reference import align_channels
 
 _PLAIN_OUTPUT: tuple[Any, ...] = (
     1.0,
@@ -31,10 +31,7 @@ _PLAIN_OUTPUT: tuple[Any, ...] = (
 
 
 class OneDnnKernel(Kernel):
-    """u8 activations times s8 weights. One prepacked weight serves the step sizes of every timestep.
-
-    A layer with floating-point activations gives a channels-last map, as the kernels of its neighbours want it.
-    """
+    """u8 activations times s8 weights. One prepacked weight serves the step sizes of every timestep."""
 
     name = "onednn"
 
@@ -42,8 +39,6 @@ class OneDnnKernel(Kernel):
         wrong: list[str] = []
         if problem.device != "cpu":
             wrong.append(f"it runs on the CPU, not on {problem.device}")
-        if problem.activation_bits is None:
-            return wrong
         if problem.bases == 2:
             wrong.append("a weight of two sign bases is no integer times one scale")
         wrong += beyond_bytes(problem)
@@ -53,8 +48,7 @@ class OneDnnKernel(Kernel):
 
     def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
         bits = problem.activation_bits
-        if bits is None:
-            return in_float(problem, tensors, channels_last=True)
+        assert bits is not None
         reciprocal = align_channels(tensors.channel_reciprocal, problem)
         multiply = _linear(tensors) if problem.op == "linear" else _convolution(problem, tensors)
 

@@ -26,6 +26,21 @@ class ReferenceKernel(Kernel):
         return in_float(problem, tensors)
 
 
+class FloatKernel(Kernel):
+    """Layers with floating-point activations, on any device.
+
+    On the CPU a map comes out channels-last, as the kernels of its neighbours want it.
+    """
+
+    name = "float"
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        return [] if problem.activation_bits is None else ["its activations are quantized"]
+
+    def prepare(self, problem: Problem, tensors: LayerTensors) -> Forward:
+        return in_float(problem, tensors, channels_last=problem.device == "cpu")
+
+
 def in_float(problem: Problem, tensors: LayerTensors, *, channels_last: bool = False) -> Forward:
     """The problem in floating point; ``channels_last`` says how a map that comes out shall lie."""
     weight, bias, bits = tensors.weight.dequantize(), tensors.bias, problem.activation_bits
