@@ -42,7 +42,7 @@ def known(model: nn.Module) -> list[Any]:
 
 
 def proven(model: nn.Module) -> int:
-    return sum(isinstance(found.tape, Graph) and found.proven for found in known(model))
+    return sum(isinstance(found.recording, Graph) and found.proven for found in known(model))
 
 
 def forward(model: Any, timestep: float | Tensor = 420.0, seed: int = 0) -> Tensor:

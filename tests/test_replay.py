@@ -92,7 +92,7 @@ def test_few_signatures_are_kept(model: UNet2DModel) -> None:
     for timestep in (1.0, 2.0, 3.0, 4.0, 5.0) * 3:  # numbers, of which each would be a signature
         x = torch.ones(1, 3, 8, 8)
         assert torch.equal(model(x, timestep).sample, plain(x, timestep).sample)
-    assert not any(known.tape for known in replay(model).known.values())
+    assert not any(known.recording for known in replay(model).known.values())
 
 
 def test_an_output_stays_and_an_input_may_change(model: UNet2DModel) -> None:

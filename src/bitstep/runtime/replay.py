@@ -48,7 +48,7 @@ def enable_replay(model: nn.Module) -> None:
 class Known:
     """What is known of calls with one signature: a recording, whether it was seen to agree, or why there is none."""
 
-    tape: Tape | Graph | None = None
+    recording: Tape | Graph | None = None
     proven: bool = False
     refusal: str | None = None
 
@@ -100,22 +100,22 @@ class Replay:
             del self.known[next(iter(self.known))]
         if first or known.refusal:
             return self._forward(*args, **kwargs)
-        if known.tape is None or known.tape.is_stale():
+        if known.recording is None or known.recording.is_stale():
 
             def forward(args: Any, kwargs: Any, position: Any) -> Any:
                 with watch.at(position):
                     return self._forward(*args, **kwargs)
 
             recorder = graph if any(map(_is_on_gpu, tree_leaves(inputs))) else tape
-            result, known.tape, known.refusal = recorder.record(forward, *inputs)
+            result, known.recording, known.refusal = recorder.record(forward, *inputs)
             known.proven = False
             return result
         if known.proven:
-            return known.tape.run(*inputs)
+            return known.recording.run(*inputs)
         result = self._forward(*args, **kwargs)
-        known.proven = _same(result, known.tape.run(*inputs))
+        known.proven = _same(result, known.recording.run(*inputs))
         if not known.proven:
-            known.tape, known.refusal = None, "the recorded pass gave another result"
+            known.recording, known.refusal = None, "the recorded pass gave another result"
         return result
 
 
