@@ -94,7 +94,12 @@ def move_parameter(model: Any) -> None:
     model.conv_norm_out.weight.data = 2 * model.conv_norm_out.weight.data
 
 
-@pytest.mark.parametrize("change", [*CHANGES, move_parameter])
+def move_parameter_that_only_a_program_reads(model: Any) -> None:
+    norm = model.down_blocks[0].resnets[0].norm1
+    norm.weight.data = 2 * norm.weight.data
+
+
+@pytest.mark.parametrize("change", [*CHANGES, move_parameter, move_parameter_that_only_a_program_reads])
 def test_a_change_of_the_model_is_noticed(model: UNet2DModel, change: Callable[[Any], None]) -> None:
     warm(model)
     before = forward(model)

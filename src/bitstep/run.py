@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from bitstep.arguments import as_list, check_seed
 from bitstep.errors import BitstepError, UsageError
-from bitstep.methods.base import Context, Effort, Phase
+from bitstep.methods.base import Calibration, Context, Effort, Phase
 from bitstep.numerics.dilation import summary
 from bitstep.planning import check_rules
 from bitstep.progress import SILENT, Reporter
@@ -32,6 +33,7 @@ from bitstep.stages.prepare import Student, prepare
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
 from bitstep.trajectories.images import TrainingImages, enlargement, unconditional
+from bitstep.trajectories.pool import Pool
 
 SAVE_EVERY_SECONDS = 60.0
 CALIBRATION_SEED = 1 << 20
@@ -156,32 +158,13 @@ def _fit(
         "eta": calibration.eta,
         "size": calibration.size,
     }
-    with progress.stage("record trajectories") as update:
-        pool = record(
-            source,
-            work.pool,
-            images=calibration.images,
-            batch_size=calibration.batch_size,
-            bf16=calibration.bf16,
-            progress=update,
-            **sampling,
-        )
+    pool = _record(source, calibration, work, sampling, progress)
     if method.output.preconditioned:
         check_preconditionable(source.denoiser, pool)
-
-    carried = importance = None
     distilled = [p.objective for p in method.training if images is None or not p.objective.wants_images]
+    carried = importance = None
     if emphasis := max((objective.emphasis for objective in distilled), default=0.0):
-        with progress.stage("measure how far errors carry") as update:
-            measure = partial(
-                sensitivity,
-                source,
-                pool.timesteps,
-                batch_size=calibration.batch_size,
-                progress=update,
-                **sampling,
-            )
-            carried = work.once("sensitivity", measure)
+        carried = _measure_how_far_errors_carry(source, pool, calibration, work, sampling, progress)
         importance = carried**emphasis
     student = prepare(
         source.denoiser,
@@ -209,6 +192,28 @@ def _fit(
                 **sampling,
             )
     return student
+
+
+def _record(source: Source, calibration: Calibration, work: RunFolder, sampling: Sampling, progress: Reporter) -> Pool:
+    with progress.stage("record trajectories") as update:
+        return record(
+            source,
+            work.pool,
+            images=calibration.images,
+            batch_size=calibration.batch_size,
+            bf16=calibration.bf16,
+            progress=update,
+            **sampling,
+        )
+
+
+def _measure_how_far_errors_carry(
+    source: Source, pool: Pool, calibration: Calibration, work: RunFolder, sampling: Sampling, progress: Reporter
+) -> Tensor:
+    with progress.stage("measure how far errors carry") as update:
+        timesteps, batch_size = pool.timesteps, calibration.batch_size
+        measure = partial(sensitivity, source, timesteps, batch_size=batch_size, progress=update, **sampling)
+        return work.once("sensitivity", measure)
 
 
 def _train(context: Context, phases: Sequence[Phase], work: RunFolder, progress: Reporter) -> None:
