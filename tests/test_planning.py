@@ -77,6 +77,8 @@ def test_later_rules_win_and_unmatched_rules_are_errors() -> None:
             assert layer.weight_bits == (3 if name.endswith(".conv2") else 6)
     with pytest.raises(UsageError, match="'nothing_like_it' matches no layer"):
         _plan(denoiser, structure, rules=(Rule(match="nothing_like_it", skip=True),))
+    with pytest.raises(UsageError, match=r"of the names, '\S*attentions\.0\.to_q' is the nearest"):
+        check_rules(denoiser, (Rule(match="*.attention.*.to_q", skip=True),))
     with pytest.raises(UsageError, match="no layer is left"):
         check_rules(denoiser, (Rule(match="*", skip=True),))
     with pytest.raises(UsageError, match="no layer is left"):

@@ -7,6 +7,7 @@ ones. A rule that matches no layer is an error: a setting that silently does not
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -150,7 +151,7 @@ def plan_layers(
     spared = _spared(denoiser, structure, layers)
     left_alone |= spared
     layers = [layer for layer in layers if layer.name not in spared]
-    _refuse([rule for rule in rules if rule in unused], structure.layers[0].name)
+    _refuse([rule for rule in rules if rule in unused], [info.name for info in structure.layers])
     if not layers:
         raise UsageError(_NOTHING_LEFT)
     return Plan(tuple(layers), left_alone, structure.total_macs)
@@ -199,7 +200,7 @@ def check_rules(denoiser: nn.Module, rules: Sequence[Rule]) -> None:
     anything is run."""
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, QUANTIZABLE)}
     unused = [rule for rule in rules if not any(_matches(rule, name, layer) for name, layer in layers.items())]
-    _refuse(unused, next(iter(layers), ""))
+    _refuse(unused, list(layers))
     matching = ([rule for rule in rules if _matches(rule, name, layer)] for name, layer in layers.items())
     if all(found and found[-1].skip for found in matching):
         raise UsageError(_NOTHING_LEFT)
@@ -209,10 +210,11 @@ def _matches(rule: Rule, name: str, module: nn.Module) -> bool:
     return fnmatchcase(name, rule.match) and (rule.type is None or rule.type in _type_names(module))
 
 
-def _refuse(unused: Sequence[Rule], example: str) -> None:
+def _refuse(unused: Sequence[Rule], names: Sequence[str]) -> None:
     if unused:
         globs = ", ".join(repr(rule.match) for rule in unused)
-        raise UsageError(f"layer rule {globs} matches no layer; names look like {example!r}")
+        near = next(iter(difflib.get_close_matches(unused[0].match, names, n=1, cutoff=0)), "none")
+        raise UsageError(f"layer rule {globs} matches no layer; of the names, {near!r} is the nearest")
 
 
 def _quantized_bits(activation_bits: int) -> int | None:
