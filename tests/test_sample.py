@@ -104,11 +104,12 @@ def test_sizes(name: str, size: str, shape: tuple[int, int]) -> None:
             "a size is WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES, in whole numbers above 0: got '16'",
         ),
         ("stable_diffusion", "16x0", "got '16x0'"),
+        ("stable_diffusion", (16, 16), r"got \(16, 16\)"),
         ("stable_diffusion", "16x16x3", "StableDiffusionPipeline takes no num_frames"),
         ("ddim", "16x16", "DDIMPipeline takes no height and no width"),
     ],
 )
-def test_sizes_that_are_none(name: str, size: str, why: str) -> None:
+def test_sizes_that_are_none(name: str, size: Any, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         sample(build(name), num=1, batch_size=1, steps=2, seed=0, size=size)
 

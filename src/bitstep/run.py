@@ -63,6 +63,8 @@ def quantize(
     command line's :class:`bitstep.cli.Bars` is one. Raises UsageError for input that cannot work and BitstepError for
     what fails on the way; ``out`` is then as it was.
     """
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite starts it anew: give one of them")
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, as_list(overrides))
     inputs: Inputs = {"prompts": read_prompts(prompts), "pictures": find_pictures(pictures)}

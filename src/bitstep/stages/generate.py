@@ -104,7 +104,7 @@ def read_size(size: str | None) -> dict[str, int]:
     """What a pipeline is told of a ``size``, by the names of its parameters."""
     if size is None:
         return {}
-    if not _SIZE.fullmatch(size):
+    if not isinstance(size, str) or not _SIZE.fullmatch(size):
         raise UsageError(f"a size is WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES, in whole numbers above 0: got {size!r}")
     return dict(zip(("width", "height", "num_frames"), map(int, size.split("x")), strict=False))
 
