@@ -7,6 +7,7 @@ Ratios of means over seeds, from league.py's results; ratios of rows that are no
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -75,6 +76,8 @@ RATIOS = (
 def main() -> None:
     settings = parser(__doc__, "league").parse_args()
     put(settings.page, "papers", ratios(load_results(settings)["rows"]))
+    photographs = settings.results.with_name(f"{settings.results.stem}-cifar10.json")
+    put(settings.page, "papers-cifar10", ratios(json.loads(photographs.read_text())["rows"]))
 
 
 def ratios(rows: list[dict[str, Any]]) -> str:
@@ -85,7 +88,7 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     lines = [
         [str(above), str(below), IN_WORDS[of], published, f"{fmean(found[above][of]) / fmean(found[below][of]):.2f}"]
         for above, below, of, published in RATIOS
-        if above in found and below in found
+        if above in found and below in found and None not in [*found[above][of], *found[below][of]]
     ]
     return markdown(["row", "over row", "in", "published", "here"], lines)
 
