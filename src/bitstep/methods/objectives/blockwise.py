@@ -13,13 +13,15 @@ of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import Block
@@ -102,27 +104,26 @@ class _Reached(Exception):
 
 
 def _inputs(denoiser: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the first call of the block ``name`` in ``call``; nothing after it is computed."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise _Reached
-
-    with denoiser.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
-        run(denoiser, call)
-    return found[0]
+    """Arguments of the first call of the block ``name`` in ``call``."""
+    register = denoiser.get_submodule(name).register_forward_pre_hook
+    _, args, kwargs = _told(denoiser, call, partial(register, with_kwargs=True))
+    return args, kwargs
 
 
 def _output(denoiser: nn.Module, name: str, call: Call) -> Any:
-    """What the first call of the block ``name`` returns in ``call``; nothing after it is computed."""
-    found: list[Any] = []
+    """What the first call of the block ``name`` returns in ``call``."""
+    return _told(denoiser, call, denoiser.get_submodule(name).register_forward_hook)[-1]
 
-    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append(output)
+
+def _told(denoiser: nn.Module, call: Call, register: Callable[..., RemovableHandle]) -> tuple[Any, ...]:
+    """What a hook is told when it first runs in ``call``; nothing after it is computed."""
+    found: list[tuple[Any, ...]] = []
+
+    def stop(*told: Any) -> None:
+        found.append(told)
         raise _Reached
 
-    with denoiser.get_submodule(name).register_forward_hook(stop), suppress(_Reached):
+    with register(stop), suppress(_Reached):
         run(denoiser, call)
     return found[0]
 
