@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pages import ROOT, put
-from quality import Quantization, load_results, measure_all, parser, several_seeds, table
+from quality import FULL_PRECISION, Quantization, load_results, measure_all, parser, several_seeds, table
 
 METHODS = ("minmax", "mse", "adaround", "lsq", "efficientdm", "dilatequant", "best")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W2A8")
@@ -63,6 +63,7 @@ AS_LONG = ["training.0.iterations=2400"]  # the baseline's, to be compared with 
 SEVENFOLD = ["training.0.batch_size=32", "training.0.iterations=2000"]  # samples, where what counts are these
 THIRTEENFOLD = ["training.0.batch_size=32", "training.0.iterations=4000"]
 SUMMARY = (
+    f"{FULL_PRECISION} W32A32",
     "lsq W4A4",
     "efficientdm W4A4",
     "best W8A8",
@@ -132,7 +133,7 @@ def summarize(results: dict[str, Any]) -> None:
     chosen = [
         row
         for row in several_seeds(results["rows"])
-        if f"{row['recipe']} {row['bits']}" in SUMMARY and row["effort"] == "standard" and not row["overrides"]
+        if f"{row['recipe']} {row['bits']}" in SUMMARY and row["effort"] in ("standard", "-") and not row["overrides"]
     ]
     put(ROOT / "README.md", "summary", table(chosen, SUMMARY_COLUMNS))
 
