@@ -14,12 +14,9 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from packed import filled, random_layer
-from test_native_fused import DEPRECATED_BY_ITSELF, assert_close, assert_same, map_transformer, packed, rounded
+from test_native_fused import BLOCKS, DEPRECATED_BY_ITSELF, assert_close, assert_same, map_transformer, packed, rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,12 +170,11 @@ def run_on_device(
     return run(), expected
 
 
-@pytest.mark.parametrize("out_channels", [16, 24])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_residual_block(out_channels: int, layout: torch.memory_format) -> None:
-    block = ResnetBlock2D(in_channels=16, out_channels=out_channels, temb_channels=12, groups=4)
-    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=layout)
-    assert_same(*run_on_device(block, x, torch.randn(2, 12)))
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_fused_block_is_the_same(name: str) -> None:
+    build, check = BLOCKS[name]
+    block, args, kwargs = build()
+    check(*run_on_device(block, *args, **kwargs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -193,11 +189,6 @@ def test_in_half_precision(dtype: torch.dtype) -> None:
     exact = block(x.to(DEVICE), embedding.to(DEVICE)).cpu()
     assert (got - exact).norm() < 0.02 * exact.norm()
     assert (got - exact).norm() < (layer_by_layer - exact).norm()
-
-
-def test_attention_over_a_map() -> None:
-    block = Attention(query_dim=24, heads=3, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True)
-    assert_close(*run_on_device(block, torch.randn(2, 24, 4, 3)))
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -218,47 +209,11 @@ def test_rounded_attention(inside: bool) -> None:
     assert (block(x) - expected).norm() < 0.2 * (unrounded - expected).norm()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu"])
-def test_transformer_block_with_cross_attention(activation: str) -> None:
-    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=20, activation_fn=activation)
-    assert_close(*run_on_device(block, torch.randn(2, 9, 16), encoder_hidden_states=torch.randn(2, 5, 20)))
-
-
-def test_transformer_block_with_adaptive_normalization() -> None:
-    block = BasicTransformerBlock(
-        16,
-        2,
-        8,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-        attention_bias=True,
-    )
-    labels = torch.tensor([1, 7])
-    assert_close(*run_on_device(block, torch.randn(2, 9, 16), timestep=torch.tensor([3, 5]), class_labels=labels))
-
-
 @DEPRECATED_BY_ITSELF
 @pytest.mark.parametrize("linear", [False, True])
 def test_transformer_on_a_map(linear: bool) -> None:
     x, text = torch.randn(2, 16, 4, 3), torch.randn(2, 5, 20)
     assert_close(*run_on_device(map_transformer(linear), x, text))
-
-
-def test_embedding_of_timestep_and_label() -> None:
-    block = CombinedTimestepLabelEmbeddings(10, 16)
-    assert_same(*run_on_device(block, torch.tensor([3.0, 500.0]), torch.tensor([1, 7]), hidden_dtype=torch.float32))
-
-
-@pytest.mark.parametrize("size", [(6, 6), (5, 8)])
-def test_downsampling_with_a_border_on_one_side(size: tuple[int, int]) -> None:
-    got, expected = run_on_device(Downsample2D(16, use_conv=True, padding=0, name="op"), torch.randn(2, 16, *size))
-    assert torch.equal(got, expected)
-
-
-def test_upsampling_repeats_codes() -> None:
-    got, expected = run_on_device(Upsample2D(16, use_conv=True), torch.randn(2, 16, 5, 3))
-    assert torch.equal(got, expected)
 
 
 def test_group_normalization_is_computed_once_for_all_who_read_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,8 +77,8 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert (got - expected).norm() < 0.01 * expected.norm()
 
 
-def run_both(block: nn.Module, *args: Any, kernel: Kernel = CPU, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    model = packed(nn.Sequential(block), kernel=kernel)
+def run_both(block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    model = packed(nn.Sequential(block))
     expected = block(*args, **kwargs)
     fuse(model)
     assert fused_blocks(model)[0] == "0"
@@ -188,12 +189,77 @@ def test_bias_gain_and_residual_are_applied_after_the_sums(weight_bits: int) -> 
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("out_channels", [16, 24])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_residual_block(out_channels: int, layout: torch.memory_format) -> None:
+def residual(out_channels: int, layout: torch.memory_format) -> Any:
     block = ResnetBlock2D(in_channels=16, out_channels=out_channels, temb_channels=12, groups=4)
-    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=layout)
-    assert_same(*run_both(block, x, torch.randn(2, 12)))
+    return block, (torch.randn(2, 16, 6, 5).contiguous(memory_format=layout), torch.randn(2, 12)), {}
+
+
+def over_a_map() -> Any:
+    block = Attention(query_dim=24, heads=3, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True)
+    return block, (torch.randn(2, 24, 4, 3),), {}
+
+
+def cross_attending(activation: str) -> Any:
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=20, activation_fn=activation)
+    return block, (torch.randn(2, 9, 16),), {"encoder_hidden_states": torch.randn(2, 5, 20)}
+
+
+def adaptive() -> Any:
+    block = BasicTransformerBlock(
+        16,
+        2,
+        8,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=10,
+        norm_type="ada_norm_zero",
+        attention_bias=True,
+    )
+    return block, (torch.randn(2, 9, 16),), {"timestep": torch.tensor([3, 5]), "class_labels": torch.tensor([1, 7])}
+
+
+def labelled(timesteps: list[float]) -> Any:
+    args = torch.tensor(timesteps), torch.tensor([1, 7])
+    return CombinedTimestepLabelEmbeddings(10, 16), args, {"hidden_dtype": torch.float32}
+
+
+def downsampling(*size: int) -> Any:
+    return Downsample2D(16, use_conv=True, padding=0, name="op"), (torch.randn(2, 16, *size),), {}
+
+
+def upsampling() -> Any:
+    return Upsample2D(16, use_conv=True), (torch.randn(2, 16, 5, 3),), {}
+
+
+def assert_equal(got: Tensor, expected: Tensor) -> None:
+    assert torch.equal(got, expected)
+
+
+BLOCKS: dict[str, tuple[Callable[[], Any], Callable[[Tensor, Tensor], None]]] = {
+    **{
+        f"residual, {out} channels, {layout}": (partial(residual, out, layout), assert_same)
+        for out in (16, 24)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    },
+    "attention over a map": (over_a_map, assert_close),
+    **{
+        f"transformer, {activation}": (partial(cross_attending, activation), assert_close)
+        for activation in ("gelu", "gelu-approximate", "geglu")
+    },
+    "transformer, adaptive normalization": (adaptive, assert_close),
+    "timesteps and labels": (partial(labelled, [3.0, 500.0]), assert_same),
+    "a timestep and labels": (partial(labelled, [3.0]), assert_same),
+    "downsampling 6x6, a border on one side": (partial(downsampling, 6, 6), assert_equal),
+    "downsampling 5x8, a border on one side": (partial(downsampling, 5, 8), assert_equal),
+    "upsampling, codes repeated": (upsampling, assert_equal),
+}
+"""What builds a block with its arguments, and how near it has to come fused to what it gives layer by layer."""
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_fused_block_is_the_same(name: str) -> None:
+    build, check = BLOCKS[name]
+    block, args, kwargs = build()
+    check(*run_both(block, *args, **kwargs))
 
 
 def test_an_embedding_that_is_not_projected_is_added_all_the_same() -> None:
@@ -208,11 +274,6 @@ def test_dropout_drops_out_in_training() -> None:
     assert torch.equal(block(x, None), block(x, None))
     block.train()
     assert not torch.equal(block(x, None), block(x, None))
-
-
-def test_attention_over_a_map() -> None:
-    block = Attention(query_dim=24, heads=3, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True)
-    assert_close(*run_both(block, torch.randn(2, 24, 4, 3)))
 
 
 def rounded(site: nn.Module) -> PackedAttention:
@@ -257,26 +318,6 @@ def test_rounded_attention_in_a_transformer_block() -> None:
     assert seen
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu-approximate", "geglu"])
-def test_transformer_block_with_cross_attention(activation: str) -> None:
-    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=20, activation_fn=activation)
-    assert_close(*run_both(block, torch.randn(2, 9, 16), encoder_hidden_states=torch.randn(2, 5, 20)))
-
-
-def test_transformer_block_with_adaptive_normalization() -> None:
-    block = BasicTransformerBlock(
-        16,
-        2,
-        8,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-        attention_bias=True,
-    )
-    labels = torch.tensor([1, 7])
-    assert_close(*run_both(block, torch.randn(2, 9, 16), timestep=torch.tensor([3, 5]), class_labels=labels))
-
-
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_transformer_on_a_map(linear: bool, layout: torch.memory_format) -> None:
@@ -301,23 +342,6 @@ def map_transformer(linear: bool = False) -> Transformer2DModel:
     return Transformer2DModel(
         2, 8, in_channels=16, norm_num_groups=4, cross_attention_dim=20, use_linear_projection=linear
     )
-
-
-@pytest.mark.parametrize("timesteps", [[3.0, 500.0], [3.0]])
-def test_embedding_of_timestep_and_label(timesteps: list[float]) -> None:
-    block = CombinedTimestepLabelEmbeddings(10, 16)
-    assert_same(*run_both(block, torch.tensor(timesteps), torch.tensor([1, 7]), hidden_dtype=torch.float32))
-
-
-@pytest.mark.parametrize("size", [(6, 6), (5, 8)])
-def test_downsampling_with_a_border_on_one_side(size: tuple[int, int]) -> None:
-    got, expected = run_both(Downsample2D(16, use_conv=True, padding=0, name="op"), torch.randn(2, 16, *size))
-    assert torch.equal(got, expected)
-
-
-def test_upsampling_repeats_codes() -> None:
-    got, expected = run_both(Upsample2D(16, use_conv=True), torch.randn(2, 16, 5, 3))
-    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(("queries", "keys", "heads", "channels"), [(37, 300, 3, 17), (5, 5, 2, 64), (33, 1, 1, 40)])
