@@ -120,6 +120,17 @@ def channel_moments(
     tl.store(places + channels, tl.sum(deviation * deviation, 0), mask=c < channels)
 
 
+@triton.jit
+def of_blocks(moments, b, blocks, c, own, channels, pixels, BLOCK_P: tl.constexpr):
+    """Where the means of the blocks b lie, which of them there are, and how many pixels each has."""
+    places = moments + b[:, None] * 2 * channels + c[None, :]
+    return (
+        places,
+        (b < blocks)[:, None] & own[None, :],
+        tl.minimum(pixels - b * BLOCK_P, BLOCK_P).to(tl.float32)[:, None],
+    )
+
+
 @triton.jit(do_not_specialize=["pixels", "blocks", "width"])
 def group_affine(
     moments,  # of ``channel_moments``
@@ -141,17 +152,14 @@ def group_affine(
     own = tl.arange(0, BLOCK_C) < width
     count = 1.0 * pixels * width
     mean, squares = 0.0, 0.0
+    moments += sample * blocks * 2 * channels
     for begin in range(0, blocks, BLOCK_B):
         b = begin + tl.arange(0, BLOCK_B)
-        known = (b < blocks)[:, None] & own[None, :]
-        places = moments + (sample * blocks + b)[:, None] * 2 * channels + c[None, :]
-        held = tl.minimum(pixels - b * BLOCK_P, BLOCK_P).to(tl.float32)[:, None]
+        places, known, held = of_blocks(moments, b, blocks, c, own, channels, pixels, BLOCK_P)
         mean += tl.sum(tl.where(known, held * tl.load(places, mask=known, other=0.0), 0.0)) / count
     for begin in range(0, blocks, BLOCK_B):
         b = begin + tl.arange(0, BLOCK_B)
-        known = (b < blocks)[:, None] & own[None, :]
-        places = moments + (sample * blocks + b)[:, None] * 2 * channels + c[None, :]
-        held = tl.minimum(pixels - b * BLOCK_P, BLOCK_P).to(tl.float32)[:, None]
+        places, known, held = of_blocks(moments, b, blocks, c, own, channels, pixels, BLOCK_P)
         away = tl.load(places, mask=known, other=0.0) - mean
         squares += tl.sum(tl.where(known, tl.load(places + channels, mask=known, other=0.0) + held * away * away, 0.0))
     a = tl.div_rn(1.0, tl.sqrt_rn(squares / count + eps))
