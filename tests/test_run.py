@@ -119,8 +119,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     monkeypatch.setattr(run, "finetune", real)
     with pytest.raises(UsageError, match="unfinished run"):
         run.quantize(teacher, out=tmp_path / "killed", **arguments)
-    with pytest.raises(UsageError, match="give one of them"):
-        run.quantize(teacher, out=tmp_path / "killed", resume=True, overwrite=True, **arguments)
     with pytest.raises(UsageError, match="another seed: repeat its options"):
         run.quantize(teacher, out=tmp_path / "killed", resume=True, **arguments | {"seed": 5})
     resumed = run.quantize(teacher, out=tmp_path / "killed", resume=True, **arguments)

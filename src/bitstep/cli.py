@@ -98,7 +98,10 @@ def quantize(
     pictures: Pictures = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to run; CUDA where there is one, if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the interrupted run in the folder; its other options are repeated."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a diffusion pipeline into a low-bit one."""

@@ -59,12 +59,10 @@ def quantize(
 ) -> Path:
     """Quantize ``source`` and write the packed pipeline to the folder ``out``; returns ``out``.
 
-    A run that was killed goes on with ``resume`` and ends in the same bytes. ``progress`` is told of every stage; the
-    command line's :class:`bitstep.cli.Bars` is one. Raises UsageError for input that cannot work and BitstepError for
-    what fails on the way; ``out`` is then as it was.
+    A run that was killed goes on with ``resume`` and ends in the same bytes; one that was to ``overwrite`` a result,
+    with both. ``progress`` is told of every stage; the command line's :class:`bitstep.cli.Bars` is one. Raises
+    UsageError for input that cannot work and BitstepError for what fails on the way; ``out`` is then as it was.
     """
-    if resume and overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite starts it anew: give one of them")
     source, out = str(source), Path(out)
     resolved = resolve(recipe, bits, effort, as_list(overrides))
     inputs: Inputs = {"prompts": read_prompts(prompts), "pictures": find_pictures(pictures)}
