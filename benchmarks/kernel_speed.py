@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from host import processor
 from pages import ROOT, markdown, put, write
 
 from bitstep.numerics.packing import QuantizedWeight
@@ -169,14 +170,18 @@ def table(results: dict[str, object]) -> str:
         rate = row.operations / row.milliseconds / 1e6
         reached = (f"{rate:.0f}", f"{rate / top:.2f}") if rate else ("", "")
         lines.append([row.kernel, row.shape, f"{row.milliseconds:.3f}", *reached])
-    about = f"Peak: {top:.0f} GOP/s a thread, `vpdpbusd` on registers; quantization of the input is in every time."
+    about = (
+        f"{results['processor']}. Peak: {top:.0f} GOP/s a thread, `vpdpbusd` on registers; quantization of the input "
+        "is in every time."
+    )
     return f"{about}\n\n{markdown(['kernel', 'shape', 'ms', 'GOP/s', 'of the peak'], lines)}"
 
 
 def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    results: dict[str, object] = {"peak": peak(), "rows": [asdict(row) for row in measure()]}
+    rows = [asdict(row) for row in measure()]
+    results: dict[str, object] = {"processor": processor(), "peak": peak(), "rows": rows}
     write(RESULTS, json.dumps(results, indent=1) + "\n")
     put(DOCUMENT, RESULTS.stem, table(results))
 

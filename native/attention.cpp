@@ -34,11 +34,11 @@ W probability(W x) {
 }
 
 // The step of the keys of a head, which become integers of at most `limit`.
-float pack_keys(const Heads& heads, const float* k, float limit, int16_t* keys) {
+float pack_keys(const Heads<Words>& heads, const float* k, float limit, int16_t* keys) {
   F most{};
   for (int64_t key = 0; key < heads.shape.keys; ++key) {
     heads.fetch(k + (key + kAhead) * heads.channels);
-    for (int64_t c = 0; c < heads.words; c += kLanes) {
+    for (int64_t c = 0; c < heads.width; c += kLanes) {
       most = largest_size(most, heads.load_channels(k + key * heads.channels, c));
     }
   }
@@ -47,8 +47,8 @@ float pack_keys(const Heads& heads, const float* k, float limit, int16_t* keys) 
   return step[0];
 }
 
-void pack_values(const Heads& heads, const float* v, int16_t* values, float* steps) {
-  for (int64_t c = 0; c < heads.words; c += kLanes) {
+void pack_values(const Heads<Words>& heads, const float* v, int16_t* values, float* steps) {
+  for (int64_t c = 0; c < heads.width; c += kLanes) {
     F most{};
     for (int64_t key = 0; key < heads.shape.keys; ++key) {
       __builtin_prefetch(v + (key + kAhead) * heads.channels + c);
@@ -108,20 +108,20 @@ class Softmax {
 
 void attend(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
             int threads) {
-  const Heads heads(shape);
-  const float limit = std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (2 * heads.pairs))) - 1);
+  const Heads<Words> heads(shape);
+  const float limit = std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (2 * heads.groups))) - 1);
   auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads.count() * sizeof(float)));
-  auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads.count() * heads.words * sizeof(float)));
+  auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads.count() * heads.width * sizeof(float)));
   heads.run(
       [&](int64_t head, int16_t* keys) {
         key_steps[head] = pack_keys(heads, k + heads.offset(head, shape.keys), limit, keys);
       },
       [&](int64_t head, int16_t* values) {
-        pack_values(heads, v + heads.offset(head, shape.keys), values, value_steps + head * heads.words);
+        pack_values(heads, v + heads.offset(head, shape.keys), values, value_steps + head * heads.width);
       },
       [&](int64_t head, int64_t first, int queries, const int16_t* keys, const int16_t* values) {
         const int64_t at = heads.offset(head, shape.queries) + first * heads.channels;
-        Tile tile(heads, queries);
+        Tile<Words> tile(heads, queries);
         F steps[2];
         for (int half = 0; half < 2; ++half) {
           const F step = fixed_step(tile.read(q + at, half), limit);
@@ -136,18 +136,19 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
           const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           I most[2] = {softmax.most(0), softmax.most(1)};
           for (int64_t key = 0; key < count; key += kRows) {  // keys beyond the last are zero in memory
-            multiply(keys + (begin + key) * heads.words, heads.words, tile.queries(), heads.pairs,
-                     [&](int r, int half, I sums) {
-                       if (key + r < count) most[half] = sums > most[half] ? sums : most[half];
-                       store(logits + (key + r) * kWide + half * kLanes, sums);
-                     });
+            multiply<Words>(keys + (begin + key) * heads.width, heads.width, tile.queries(), heads.groups,
+                            [&](int r, int half, I sums) {
+                              if (key + r < count) most[half] = sums > most[half] ? sums : most[half];
+                              store(logits + (key + r) * kWide + half * kLanes, sums);
+                            });
           }
           F correction[2];
           softmax.take(logits, count, most, probabilities, correction);
-          tile.mix(values + begin * heads.words, probabilities, divide_up(count, 2), correction);
+          tile.mix(values + begin * heads.width, probabilities, divide_up(count, 2),
+                   [&](F mixed, int64_t, int half, I sums) { return mixed * correction[half] + to_float(sums); });
         }
         const F inverse[2] = {1.0f / softmax.total(0), 1.0f / softmax.total(1)};
-        const float* value_step = value_steps + head * heads.words;
+        const float* value_step = value_steps + head * heads.width;
         tile.write([&](int half, int64_t c) { return inverse[half] * splat(value_step[c]); }, y + at);
       },
       threads);

@@ -20,8 +20,8 @@ void parallel_for(int64_t count, int threads, const Body& body) {
 // Memory of the calling thread that lives until it asks again for the same slot; 64-byte aligned, contents undefined.
 // std::bad_alloc where there is none, which parallel hands on from its threads.
 enum class Slot {
-  kCodes, kGroupNorm, kMoments, kPanel, kTables, kOffsets, kFactors, kKeys, kKeySteps, kValues, kValueSteps,
-  kQueryRows, kQueries, kMixed, kLogits, kGradients, kCount
+  kCodes, kGroupNorm, kMoments, kPanel, kTables, kOffsets, kFactors, kKeys, kKeySteps, kKeySums, kValues,
+  kValueSteps, kValueSums, kQueryRows, kQueries, kMixed, kLogits, kGradients, kCount
 };
 void* scratch(Slot slot, size_t bytes);
 

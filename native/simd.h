@@ -133,11 +133,10 @@ inline void store_bytes(uint8_t* p, I x, int count) {
   std::memcpy(p, out, count);
 }
 inline I dot4(I acc, I a, I w) {
-  // vpmaddubsw adds two products in 16 bits and saturates, so even and odd bytes are multiplied apart.
-  const __m256i even = _mm256_set1_epi16(0x00ff), ones = _mm256_set1_epi16(1);
-  const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256((__m256i)a, even), (__m256i)w);
-  const __m256i high = _mm256_maddubs_epi16(_mm256_andnot_si256(even, (__m256i)a), (__m256i)w);
-  return acc + (I)_mm256_madd_epi16(low, ones) + (I)_mm256_madd_epi16(high, ones);
+  // vpmaddubsw saturates; so even and odd bytes become words, of which a loop has those of either side to share
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), odd = _mm256_srai_epi16((__m256i)w, 8);
+  acc += (I)_mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0x00ff)), even);
+  return acc + (I)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), odd);
 }
 inline float sum(F x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));

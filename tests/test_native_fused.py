@@ -368,7 +368,8 @@ def test_coded_attention_is_exact_but_for_the_softmax(
 ) -> None:
     q, k, v = (torch.randn(2, n, heads * channels) for n in (queries, keys, keys))
     top, uneven = 2**bits - 1, 1 + torch.arange(rows) / 7
-    operands = [Operand(5 * uneven / top, torch.full((rows,), top // 2 + 0.0), bits) for _ in range(3)]
+    zeros = (top // 2, top // 3, top - top // 3)
+    operands = [Operand(5 * uneven / top, torch.full((rows,), float(zero)), bits) for zero in zeros]
     fine = 2.0 / keys if keys > 1 else 1.0  # many probabilities are in range and some beyond
     operands.append(Operand(fine * uneven / 255, torch.full((rows,), 3.0), 8))
     y = attention(q, k, v, heads, tuple(operands), scale=0.7)
