@@ -37,7 +37,9 @@ struct Clone {
 
 namespace portable { extern const Clone clone; }
 namespace avx2 { extern const Clone clone; }
+namespace avxvnni { extern const Clone clone; }
 namespace avx512 { extern const Clone clone; }
+namespace avx512vbmi { extern const Clone clone; }
 namespace amx { extern const Clone clone; }
 
 #ifdef BITSTEP_CLONE

@@ -28,7 +28,7 @@ class Convolution {
   }
 
   void run(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
-#if defined(BITSTEP_avx512)
+#if defined(BITSTEP_avx512vbmi)
     if (layer_.table) return run<Tables>(codes, epilogue, y, threads);
 #endif
 #if defined(BITSTEP_amx)
@@ -81,7 +81,7 @@ class Convolution {
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t top = first + (end - first) * band / bands, bottom = first + (end - first) * (band + 1) / bands;
       const uint8_t* source = codes;
-#if defined(BITSTEP_avx512)
+#if defined(BITSTEP_avx512vbmi)
       if (layer_.table) source = make_tables(codes, code_row(top), code_row(bottom - 1) + halo);
 #endif
       const int64_t pixels = (bottom - top) * out_w_, tiles = divide_up(pixels, Kind::kPixels);
@@ -242,7 +242,7 @@ class Convolution {
 
   static constexpr int64_t kBandBytes = 1 << 20;
 
-#if defined(BITSTEP_avx512)
+#if defined(BITSTEP_avx512vbmi)
   // The tables of rows [from, to) of codes; addressed as if those of all rows were there.
   const uint8_t* make_tables(const uint8_t* codes, int64_t from, int64_t to) const {
     const int64_t row_bytes = border_.row_bytes * Tables::kScaling;

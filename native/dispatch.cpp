@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
-#ifdef BITSTEP_HAVE_amx
+#if defined(BITSTEP_HAVE_amx) || defined(BITSTEP_HAVE_avxvnni)
 #include <cpuid.h>
+#endif
+#ifdef BITSTEP_HAVE_amx
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -25,6 +27,14 @@ bool amx_granted() {
 }
 #endif
 
+#ifdef BITSTEP_HAVE_avxvnni
+// Dot products of bytes in registers of 256 bits, which processors without AVX512 have too.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+
 struct Candidate {
   const char* name;
   const Clone* clone;
@@ -32,8 +42,8 @@ struct Candidate {
 
 // The clones this machine can run, best first, ended by a null name.
 struct Offer {
-  Candidate candidates[5] = {};
-  const char* names[5] = {};
+  Candidate candidates[7] = {};
+  const char* names[7] = {};
 
   Offer() {
     int count = 0;
@@ -43,16 +53,22 @@ struct Offer {
     };
 #ifdef BITSTEP_HAVE_avx512
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #ifdef BITSTEP_HAVE_amx
       if (amx_granted()) add("amx", amx::clone);
 #endif
+      if (__builtin_cpu_supports("avx512vbmi")) add("avx512vbmi", avx512vbmi::clone);
       add("avx512", avx512::clone);
     }
 #endif
 #ifdef BITSTEP_HAVE_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("avx2", avx2::clone);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef BITSTEP_HAVE_avxvnni
+      if (has_avx_vnni()) add("avxvnni", avxvnni::clone);
+#endif
+      add("avx2", avx2::clone);
+    }
 #endif
     add("portable", portable::clone);
   }

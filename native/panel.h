@@ -34,6 +34,8 @@ struct Bytes {
   static constexpr int kStep = 4;     // bytes of source
 #if defined(BITSTEP_avx512)
   static constexpr int kPixels = 12, kColumns = 2;
+#elif defined(BITSTEP_avxvnni)
+  static constexpr int kPixels = 6, kColumns = 1;
 #else
   static constexpr int kPixels = 4, kColumns = 1;
 #endif
@@ -41,7 +43,7 @@ struct Bytes {
   static I add(I acc, I a, I w) { return dot4(acc, a, w); }
 };
 
-#if defined(BITSTEP_avx512)
+#if defined(BITSTEP_avx512vbmi)
 struct Tables {
   static constexpr int kScaling = 4;
   static constexpr int kStep = 64;

@@ -132,12 +132,18 @@ inline void store_bytes(uint8_t* p, I x, int count) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), eight);
   std::memcpy(p, out, count);
 }
+#if defined(BITSTEP_avxvnni)
+inline I dot4(I acc, I a, I w) { return (I)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)a, (__m256i)w); }
+inline I dot2(I acc, I a, I w) { return (I)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)w); }
+#else
 inline I dot4(I acc, I a, I w) {
   // vpmaddubsw saturates; so even and odd bytes become words, of which a loop has those of either side to share
   const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), odd = _mm256_srai_epi16((__m256i)w, 8);
   acc += (I)_mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0x00ff)), even);
   return acc + (I)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), odd);
 }
+inline I dot2(I acc, I a, I w) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)w); }
+#endif
 inline float sum(F x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -148,7 +154,6 @@ inline float largest(F x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
-inline I dot2(I acc, I a, I w) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)w); }
 inline void store_words(int16_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)x), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));

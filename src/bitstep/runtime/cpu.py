@@ -21,7 +21,7 @@ _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they ar
 
 
 class CpuKernel(Kernel):
-    """Integer arithmetic on packed weights: AMX, AVX512, AVX2 or portable code, chosen when the library loads.
+    """Integer arithmetic on packed weights: AMX, AVX512, AVX-VNNI, AVX2 or portable code, as the machine has.
 
     Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
     activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI and no AMX.

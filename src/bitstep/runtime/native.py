@@ -147,4 +147,4 @@ def kernels() -> ctypes.CDLL | None:
 
 def has_tables() -> bool:
     """Whether the instruction set in use runs one-bit weights on tables; with AMX, bytes are faster."""
-    return current_instruction_set() == "avx512"
+    return current_instruction_set() == "avx512vbmi"

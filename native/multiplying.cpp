@@ -1,0 +1,19 @@
+// A clone that multiplies with instructions of its own; all else it does with AVX512.
+#include "clone.h"
+
+namespace bitstep {
+namespace BITSTEP_CLONE {
+namespace {
+
+Clone multiplying() {
+  Clone clone = avx512::clone;
+  clone.convolve = convolve;
+  return clone;
+}
+
+}  // namespace
+
+const Clone clone = multiplying();
+
+}  // namespace BITSTEP_CLONE
+}  // namespace bitstep
