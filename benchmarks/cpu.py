@@ -9,9 +9,9 @@ takes from ``from_pretrained`` to its first image.
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
-``bitstep quantize`` gives it; the operands of attention are not quantized. Nothing else should be running.
-The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that has them
-and bitstep's own dependencies.
+``bitstep quantize`` gives it, and attention is quantized where the recipe ``best`` does so. Nothing else should be
+running. The other runtimes come with ``pip install bitstep[bench]``; ``--peers PYTHON`` names another interpreter that
+has them and bitstep's own dependencies.
 """
 
 from __future__ import annotations
@@ -140,45 +140,55 @@ def eager(name: str, batch: int, dtype: torch.dtype) -> Denoise:
     return lambda x, t: model(x.to(dtype), t).float()
 
 
-def plan_of(model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int) -> Plan:
+def plan_of(
+    model: nn.Module, inputs: dict[str, Any], weight_bits: int, activation_bits: int, *, attention: bool = False
+) -> Plan:
     """The bits that ``bitstep quantize`` gives every layer; a pass with ``inputs`` shows which layer is which."""
     from bitstep.denoiser.calls import Call
     from bitstep.denoiser.structure import trace
-    from bitstep.planning import plan_layers
+    from bitstep.planning import add_attention, plan_layers
 
-    return plan_layers(
-        model,
-        trace(model, Call(inputs)),
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        coverage="full",
-    )
+    structure = trace(model, Call(inputs))
+    plan = plan_layers(model, structure, weight_bits=weight_bits, activation_bits=activation_bits, coverage="full")
+    return add_attention(plan, structure, bits=activation_bits, probability_bits=8) if attention else plan
 
 
 def packed(model: nn.Module, plan: Plan, grid: StepGrid | None = None) -> nn.Module:
     """``model`` as ``from_pretrained`` gives it, its random weights rounded; a step size for each key of ``grid``."""
-    from bitstep.checkpoint import PackedLayer, pack_model
+    from bitstep.checkpoint import PackedLayer, PackedOperands, pack_model
+    from bitstep.denoiser.attention import OPERANDS
     from bitstep.methods.base import UniformWeights
     from bitstep.methods.binarydm import BinaryWeights
 
     steps = 1 if grid is None else len(grid)
+
+    def table(bits: int) -> tuple[Tensor, Tensor]:
+        return torch.full((steps,), 8 / 2**bits), torch.full((steps,), 2.0 ** (bits - 1))
+
     layers = {}
     for layer in plan.layers:
         module: Any = model.get_submodule(layer.name)
         weights = BinaryWeights() if layer.weight_bits == 1 else UniformWeights(range="minmax")
         bits = layer.activation_bits
+        scale, zero_point = (None, None) if bits is None else table(bits)
         layers[layer.name] = PackedLayer(
             weight=weights.build(module.weight, layer).codes(),
             bias=module.bias,
-            input_scale=None if bits is None else torch.full((steps,), 8 / 2**bits),
-            input_zero_point=None if bits is None else torch.full((steps,), 2.0 ** (bits - 1)),
+            input_scale=scale,
+            input_zero_point=zero_point,
             activation_bits=bits,
             channel_reciprocal=None,
             macs=layer.macs,
         )
+    attention = {}
+    for site in plan.attention:
+        tables = dict.fromkeys(OPERANDS[:3], table(site.bits))
+        tables["probability"] = torch.full((steps,), 1 / 255), torch.zeros(steps)
+        attention[site.name] = PackedOperands(tables, site.bits, site.probability_bits, site.macs)
     return pack_model(  # type: ignore[no-any-return]
         model,
         layers,
+        attention=attention,
         grid=grid,
         modules_to_not_convert=plan.left_alone,
         total_macs=plan.total_macs,
@@ -187,9 +197,10 @@ def packed(model: nn.Module, plan: Plan, grid: StepGrid | None = None) -> nn.Mod
 
 
 def planned(name: str, weight_bits: int, activation_bits: int) -> Plan:
-    """:func:`plan_of` one of the models above."""
+    """:func:`plan_of` one of the models above; attention is quantized where ``best`` does so."""
     model = build(name)
-    return plan_of(model, arguments(model, *example(name, 1)), weight_bits, activation_bits)
+    inputs = arguments(model, *example(name, 1))
+    return plan_of(model, inputs, weight_bits, activation_bits, attention=weight_bits < 8)
 
 
 def bitstep(name: str, batch: int, weight_bits: int, activation_bits: int) -> Denoise:

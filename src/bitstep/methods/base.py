@@ -167,7 +167,7 @@ class Calibration(Slot):
     bf16: record the trajectories with the teacher in bfloat16.
     eta: noise of a DDIM sampler, None for the pipeline's default. guidance_scale: likewise.
     size: of the pictures, WIDTHxHEIGHT, or of the videos, WIDTHxHEIGHTxFRAMES; None for the pipeline's default.
-    range_images: how many of them set the activation ranges.
+    range_images: how many of them, at most, set the activation ranges.
     """
 
     images: PositiveInt = 64
