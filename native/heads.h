@@ -17,7 +17,7 @@ namespace BITSTEP_CLONE {
 namespace {
 
 constexpr int kWide = 2 * kLanes;    // queries side by side
-constexpr int kRows = kLanes / 2;     // keys, or channels of values, multiplied side by side
+constexpr int kRows = kLanes / 2;    // keys, or channels of values, multiplied side by side
 constexpr int64_t kBlockKeys = 128;  // whose weighted values one sum holds
 constexpr int64_t kAhead = 12;       // tokens between a load and its use
 
