@@ -109,7 +109,7 @@ class Softmax {
 void attend(const bitstep_attention_shape& shape, const float* q, const float* k, const float* v, float* y,
             int threads) {
   const Heads<Words> heads(shape);
-  const float limit = std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (2 * heads.groups))) - 1);
+  const float limit = std::min(32767.0f, std::floor(std::sqrt(2147483647.0f / (Words::kShare * heads.groups))) - 1);
   auto* key_steps = static_cast<float*>(scratch(Slot::kKeySteps, heads.count() * sizeof(float)));
   auto* value_steps = static_cast<float*>(scratch(Slot::kValueSteps, heads.count() * heads.width * sizeof(float)));
   heads.run(
@@ -131,7 +131,7 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
         }
         Softmax softmax(steps);
         alignas(64) int32_t logits[kBlockKeys * kWide];
-        alignas(64) int32_t probabilities[kBlockKeys / 2 * kWide];
+        alignas(64) int32_t probabilities[kBlockKeys / Words::kShare * kWide];
         for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
           const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           I most[2] = {softmax.most(0), softmax.most(1)};
@@ -144,7 +144,7 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
           }
           F correction[2];
           softmax.take(logits, count, most, probabilities, correction);
-          tile.mix(values + begin * heads.width, probabilities, divide_up(count, 2),
+          tile.mix(values + begin * heads.width, probabilities, divide_up(count, Words::kShare),
                    [&](F mixed, int64_t, int half, I sums) { return mixed * correction[half] + to_float(sums); });
         }
         const F inverse[2] = {1.0f / softmax.total(0), 1.0f / softmax.total(1)};
