@@ -1,6 +1,6 @@
 """What part of the processor's arithmetic each native kernel reaches, one by one, in one thread.
 
-    python benchmarks/kernel_speed.py    # writes benchmarks/results/kernels.json and the table of docs/performance.md
+    python benchmarks/kernel_speed.py    # writes benchmarks/results/kernels.json and the tables of docs/performance.md
 
 The peak is measured too, by a loop of nothing but byte dot products on registers, compiled on the spot with ``cc``.
 Times are the least of many calls, in processor time of the thread, so that other work on the machine costs little.
@@ -23,6 +23,7 @@ import torch
 from host import processor
 from pages import ROOT, markdown, put, write
 
+from bitstep.library import instruction_set, instruction_sets
 from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime.attention import Operand, attention
 from bitstep.runtime.convolution import PLAIN_INPUT, Before
@@ -63,6 +64,7 @@ OPERANDS = (  # query, key, value; probability
     Operand(torch.tensor([1 / 255]), torch.tensor([0.0]), 8),
 )
 MAP = (64, 64, 224)  # of the passes that only quantize
+EXAMPLE = CONVOLUTIONS[1]  # that every instruction set computes
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,13 @@ def convolve(convolution: NativeConvolution, x: torch.Tensor, before: Before = P
     return lambda: convolution.convolve(x, scale, zero_point, before)
 
 
-def measure() -> list[Row]:
+def measure(once: Callable[[], list[Row]]) -> list[Row]:
     """Every kernel in turn, some rounds over, so that a busy moment of the machine spoils no row."""
-    rounds = [measure_once() for _ in range(ROUNDS)]
+    rounds = [once() for _ in range(ROUNDS)]
     return [min(row, key=lambda one: one.milliseconds) for row in zip(*rounds, strict=True)]
 
 
-def measure_once() -> list[Row]:
+def one_by_one() -> list[Row]:
     torch.manual_seed(0)
     rows = []
     height, width, channels = MAP
@@ -145,13 +147,8 @@ def measure_once() -> list[Row]:
     norm = Before(eps=1e-5, groups=32, gain=torch.ones(channels), shift=torch.zeros(channels), activation="silu")
     rows.append(Row("quantize", shape, least(convolve(narrow, x)), 0))
     rows.append(Row("GroupNorm + SiLU + quantize", shape, least(convolve(narrow, x, norm)), 0))
-    for kernel, height, width, channels, out in CONVOLUTIONS:
-        x = torch.randn(1, height, width, channels)
-        operations = 2 * height * width * channels * out * kernel**2
-        for bits in WIDTHS:
-            shape = f"{height}x{width}, {channels} to {out}"
-            call = convolve(layer(kernel, channels, out, bits), x)
-            rows.append(Row(f"{kernel}x{kernel} {bits}", shape, least(call), operations))
+    for convolution in CONVOLUTIONS:
+        rows += at_every_width(*convolution)
     for tokens, heads, channels in ATTENTIONS:
         q, k, v = (torch.randn(1, tokens, heads * channels) for _ in range(3))
         shape, operations = f"{tokens} tokens, heads: {heads} of {channels}", 4 * tokens**2 * heads * channels
@@ -159,6 +156,31 @@ def measure_once() -> list[Row]:
         coded = partial(attention, q, k, v, heads, OPERANDS)
         rows.append(Row("attention, operands A4", shape, least(coded), operations))
     return rows
+
+
+def at_every_width(kernel: int, height: int, width: int, channels: int, out: int) -> list[Row]:
+    x = torch.randn(1, height, width, channels)
+    shape, operations = f"{height}x{width}, {channels} to {out}", 2 * height * width * channels * out * kernel**2
+    calls = {bits: convolve(layer(kernel, channels, out, bits), x) for bits in WIDTHS}
+    return [Row(f"{kernel}x{kernel} {bits}", shape, least(call), operations) for bits, call in calls.items()]
+
+
+def by_instruction_set() -> dict[str, list[Row]]:
+    """The example under each that this machine offers."""
+    rows = {}
+    for name in instruction_sets():
+        with instruction_set(name):
+            rows[name] = measure(lambda: at_every_width(*EXAMPLE))
+    return rows
+
+
+def instruction_set_table(results: dict[str, object]) -> str:
+    rows = results["instruction_sets"]
+    assert isinstance(rows, dict)
+    kernel, height, width, channels, out = EXAMPLE
+    shape = f"A {kernel}x{kernel} convolution, {height}x{width}, {channels} to {out} channels"
+    lines = [[f"`{name}`", *(f"{row['milliseconds']:.2f}" for row in found)] for name, found in rows.items()]
+    return f"{shape}, in milliseconds; {results['processor']}.\n\n{markdown(['instruction set', *WIDTHS], lines)}"
 
 
 def table(results: dict[str, object]) -> str:
@@ -180,10 +202,15 @@ def table(results: dict[str, object]) -> str:
 def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    rows = [asdict(row) for row in measure()]
-    results: dict[str, object] = {"processor": processor(), "peak": peak(), "rows": rows}
+    results: dict[str, object] = {
+        "processor": processor(),
+        "peak": peak(),
+        "rows": [asdict(row) for row in measure(one_by_one)],
+        "instruction_sets": {name: [asdict(row) for row in rows] for name, rows in by_instruction_set().items()},
+    }
     write(RESULTS, json.dumps(results, indent=1) + "\n")
     put(DOCUMENT, RESULTS.stem, table(results))
+    put(DOCUMENT, "instruction-sets", instruction_set_table(results))
 
 
 if __name__ == "__main__":

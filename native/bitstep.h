@@ -59,14 +59,16 @@ typedef struct {
 // has the bits [bits j, bits j + bits) of each byte.
 //
 // Without table, granule is 4 and a byte is a code: weight = code - zero (2 code - 1 for one bit, zero 1).
-// With table, granule is 16 and byte 4 c + i holds the signs of input channels 4 i .. 4 i + 3; bits is 4, zero -16 i.
+// With a table, granule is 16, bits is 4, and a byte holds the signs of input channels 4 i .. 4 i + 3: byte 4 c + i, with
+// zero -16 i, if the table takes them beside, and byte 16 i + c, with zero 0, if apart.
 typedef struct {
   int32_t out_channels, padded_channels;
   int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int32_t bits;     // 1, 2, 4 or 8: bits of memory per byte of a block
   int32_t bases;    // 1 or 2
   int32_t panel;    // columns per panel
-  int32_t table;    // the weight is an index into tables of signed sums
+  int32_t table;    // 0, or the weight is an index into tables of signed sums, which takes them 1 beside, 2 apart
+  int32_t largest;  // absolute value of a weight; or more
   const uint8_t* weight;
   const int8_t* zero;       // [columns][64]
   const int32_t* sum;       // [columns][16]: the sum of a channel's weights
@@ -94,6 +96,9 @@ BITSTEP_API void bitstep_set_threads(void* fork, void* thread_number, void* team
 BITSTEP_API const char* const* bitstep_instruction_sets(void);
 // Use one of them from now on; nonzero if it is not offered.
 BITSTEP_API int bitstep_use(const char* instruction_set);
+
+// What the instruction set in use makes of one-bit weights under activations of up to 4 bits: a layer's `table`.
+BITSTEP_API int bitstep_table(void);
 
 // What follows returns 0, or 1 where there was no memory for what is kept meanwhile: the results are then undefined.
 

@@ -26,6 +26,7 @@ using FakeQuantizeBackward = void(const bitstep_rows& rows, const float* x, cons
                                   float* grad_scale, float* grad_zero_point, int threads);
 
 struct Clone {
+  int32_t table;  // bitstep_table
   Quantize* quantize;
   Convolve* convolve;
   GroupNorm* group_norm;

@@ -8,8 +8,14 @@
 #include "divide.h"
 #include "panel.h"
 #include "parallel.h"
+#if defined(BITSTEP_TABLES)
+#include "tables.h"
+#endif
 #if defined(BITSTEP_amx)
 #include "tiles.h"
+#endif
+#if defined(BITSTEP_WORDS)
+#include "words.h"
 #endif
 
 namespace bitstep {
@@ -28,11 +34,16 @@ class Convolution {
   }
 
   void run(const uint8_t* codes, const bitstep_epilogue& epilogue, float* y, int threads) const {
-#if defined(BITSTEP_avx512vbmi)
+#if defined(BITSTEP_TABLES)
     if (layer_.table) return run<Tables>(codes, epilogue, y, threads);
 #endif
 #if defined(BITSTEP_amx)
     if (Tiles::pay(window<Tiles>(), map_.batch * out_h_ * out_w_)) return run<Tiles>(codes, epilogue, y, threads);
+#endif
+#if defined(BITSTEP_WORDS)
+    const int64_t pair = int64_t{2} * step_.top * layer_.largest;
+    if (pair * Words::kRoom <= kLargestWord) return run<Words>(codes, epilogue, y, threads);
+    if (pair <= kLargestWord) return run<Pairs>(codes, epilogue, y, threads);
 #endif
     run<Bytes>(codes, epilogue, y, threads);
   }
@@ -81,7 +92,7 @@ class Convolution {
     for (int64_t band = 0; band < bands; ++band) {
       const int64_t top = first + (end - first) * band / bands, bottom = first + (end - first) * (band + 1) / bands;
       const uint8_t* source = codes;
-#if defined(BITSTEP_avx512vbmi)
+#if defined(BITSTEP_TABLES)
       if (layer_.table) source = make_tables(codes, code_row(top), code_row(bottom - 1) + halo);
 #endif
       const int64_t pixels = (bottom - top) * out_w_, tiles = divide_up(pixels, Kind::kPixels);
@@ -242,35 +253,17 @@ class Convolution {
 
   static constexpr int64_t kBandBytes = 1 << 20;
 
-#if defined(BITSTEP_avx512vbmi)
+#if defined(BITSTEP_TABLES)
   // The tables of rows [from, to) of codes; addressed as if those of all rows were there.
   const uint8_t* make_tables(const uint8_t* codes, int64_t from, int64_t to) const {
     const int64_t row_bytes = border_.row_bytes * Tables::kScaling;
     auto* tables = static_cast<uint8_t*>(scratch(Slot::kTables, (to - from) * row_bytes));
     for (int64_t row = from; row < to; ++row) {
-      make_tables(codes + row * border_.row_bytes, row / border_.height, tables + (row - from) * row_bytes);
+      const float zero_point = step_.zero_point[step_.rows == 1 ? 0 : row / border_.height];
+      Tables::fill(codes + row * border_.row_bytes, border_.row_bytes, static_cast<uint8_t>(zero_point),
+                   tables + (row - from) * row_bytes);
     }
     return tables - from * row_bytes;
-  }
-
-  void make_tables(const uint8_t* codes, int64_t sample, uint8_t* tables) const {
-    const int row = step_.rows == 1 ? 0 : static_cast<int>(sample);
-    const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(step_.zero_point[row]));
-    // byte 16 g + n of a table takes activation 4 g + i, negated (from lane 1) where bit i of n is clear
-    alignas(64) uint8_t pick[4][64];
-    for (int i = 0; i < 4; ++i) {
-      for (int byte = 0; byte < 64; ++byte) pick[i][byte] = byte / 16 * 4 + i + (byte >> i & 1 ? 0 : 16);
-    }
-    const __m512i pick0 = _mm512_load_si512(pick[0]), pick1 = _mm512_load_si512(pick[1]);
-    const __m512i pick2 = _mm512_load_si512(pick[2]), pick3 = _mm512_load_si512(pick[3]);
-    for (int64_t i = 0; i < border_.row_bytes; i += 16) {
-      const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-      const __m512i centred = _mm512_sub_epi8(four, zero_point);
-      const __m512i both = _mm512_mask_sub_epi8(centred, 0xffff0000, _mm512_setzero_si512(), centred);
-      const __m512i a = _mm512_add_epi8(_mm512_permutexvar_epi8(pick0, both), _mm512_permutexvar_epi8(pick1, both));
-      const __m512i b = _mm512_add_epi8(_mm512_permutexvar_epi8(pick2, both), _mm512_permutexvar_epi8(pick3, both));
-      _mm512_store_si512(tables + Tables::kScaling * i, _mm512_add_epi8(a, b));
-    }
   }
 #endif
 

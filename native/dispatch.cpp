@@ -126,6 +126,8 @@ int bitstep_use(const char* instruction_set) {
   return 1;
 }
 
+int bitstep_table(void) { return current()->table; }
+
 int bitstep_convolution(const bitstep_layer* layer, const bitstep_map* map, const bitstep_prologue* prologue,
                         const bitstep_step* step, const float* x, const bitstep_epilogue* epilogue, float* y,
                         int threads) {

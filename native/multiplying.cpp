@@ -8,6 +8,9 @@ namespace {
 Clone multiplying() {
   Clone clone = avx512::clone;
   clone.convolve = convolve;
+#if defined(BITSTEP_TABLES)
+  clone.table = 1;
+#endif
   return clone;
 }
 

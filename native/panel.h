@@ -29,33 +29,6 @@ constexpr bool kWholePanels = true;  // all columns of a panel are accumulated a
 constexpr bool kWholePanels = false;
 #endif
 
-struct Bytes {
-  static constexpr int kScaling = 1;  // bytes of source per code
-  static constexpr int kStep = 4;     // bytes of source
-#if defined(BITSTEP_avx512)
-  static constexpr int kPixels = 12, kColumns = 2;
-#elif defined(BITSTEP_avxvnni)
-  static constexpr int kPixels = 6, kColumns = 1;
-#else
-  static constexpr int kPixels = 4, kColumns = 1;
-#endif
-  static I activation(const uint8_t* p) { return broadcast4(p); }
-  static I add(I acc, I a, I w) { return dot4(acc, a, w); }
-};
-
-#if defined(BITSTEP_avx512vbmi)
-struct Tables {
-  static constexpr int kScaling = 4;
-  static constexpr int kStep = 64;
-  static constexpr int kPixels = 6, kColumns = 4;
-  static I activation(const uint8_t* p) { return load(reinterpret_cast<const int32_t*>(p)); }
-  static I add(I acc, I table, I index) {
-    const __m512i sums = _mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
-    return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi8(1), sums);
-  }
-};
-#endif
-
 constexpr int64_t kChunkSteps = 16;  // after which more weights become bytes
 
 // The kernel window over the codes, as runs of consecutive bytes that every pixel visits.
@@ -122,35 +95,76 @@ struct Feed {
   }
 };
 
-// sums[pixel][column] over the window, for P pixels and C columns of a panel of weight_stride / 64 columns.
+// Of kinds whose accumulators are the sums themselves; a column has kVectors of them.
+struct Dots {
+  static constexpr int64_t kRoom = INT64_MAX;  // steps before sums have to leave the accumulators
+
+  static void begin(int32_t*, const Window&) {}
+  static void settle(int32_t* sums, const I* acc) {
+    for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, acc[v]);
+  }
+};
+
+struct Bytes : Dots {
+  static constexpr int kScaling = 1;  // bytes of source per code
+  static constexpr int kStep = 4;     // bytes of source
+#if defined(BITSTEP_avx512)
+  static constexpr int kPixels = 12, kColumns = 2;
+#elif defined(BITSTEP_avxvnni)
+  static constexpr int kPixels = 6, kColumns = 1;
+#else
+  static constexpr int kPixels = 4, kColumns = 1;
+#endif
+
+  // acc += a pixel's activations at p, times the weights of some columns
+  template <int V>
+  static void add(I (&acc)[V], const uint8_t* p, const I (&w)[V]) {
+    const I a = broadcast4(p);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[v] = dot4(acc[v], a, w[v]);
+  }
+};
+
+// sums[pixel][column] over the window, for P pixels and C columns of a panel.
 template <class Kind, int P, int C>
 void accumulate(const uint8_t* const* pixels, const Window& window, int column, Feed& feed, int32_t* sums) {
   constexpr int V = C * kVectors;
   const int64_t stride = (kWholePanels ? C : feed.columns) * kBlockBytes;
   const uint8_t* weight = feed.weight + column * kBlockBytes;
   I acc[P][V] = {};
+  const auto for_columns = [&](const auto& visit) {
+    for (int p = 0; p < P; ++p) {
+      for (int c = 0; c < C; ++c) visit(sums + (p * feed.columns + column + c) * kColumn, acc[p] + c * kVectors);
+    }
+  };
+  for_columns([&](int32_t* to, const I*) { Kind::begin(to, window); });
+  int64_t room = Kind::kRoom;
   for (int64_t run = 0; run < window.runs; ++run) {
     const int64_t offset = window.offset(run);
     for (int64_t step = 0, next; step < window.steps; step = next) {
       next = std::min(step + kChunkSteps, window.steps);
       feed.advance();
+      if constexpr (Kind::kRoom < INT64_MAX) {
+        if (room < kChunkSteps) {
+          for_columns([](int32_t* to, I* from) {
+            Kind::settle(to, from);
+            std::fill_n(from, kVectors, I{});
+          });
+          room = Kind::kRoom;
+        }
+        room -= next - step;
+      }
       const uint8_t* at[P];
       for (int p = 0; p < P; ++p) at[p] = pixels[p] + offset + next * Kind::kStep;
-      for (int64_t i = (step - next) * Kind::kStep; i < 0; i += Kind::kStep, weight += stride) {
+      for (int64_t i = (step - next) * Kind::kStep; i != 0; i += Kind::kStep, weight += stride) {
         I w[V];
         for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const int32_t*>(weight) + v * kLanes);
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          const I a = Kind::activation(at[p] + i);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[p][v] = Kind::add(acc[p][v], a, w[v]);
-        }
+        for (int p = 0; p < P; ++p) Kind::add(acc[p], at[p] + i, w);
       }
     }
   }
-  for (int p = 0; p < P; ++p) {
-    for (int v = 0; v < V; ++v) store(sums + (p * feed.columns + column) * kColumn + v * kLanes, acc[p][v]);
-  }
+  for_columns([](int32_t* to, const I* from) { Kind::settle(to, from); });
 }
 
 template <class Kind, int C, int P = Kind::kPixels>

@@ -128,8 +128,10 @@ WEIGHTS = [
 ]
 
 
-# one of each way to run: tables, nibbles, bytes, two bases
-@pytest.mark.parametrize(("weight_bits", "activation_bits", "bases"), [(1, 4, 1), (4, 4, 1), (8, 8, 1), (1, 8, 2)])
+# one of each way to run: tables, nibbles, nibbles under bytes, bytes, two bases
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "bases"), [(1, 4, 1), (4, 4, 1), (4, 8, 1), (8, 8, 1), (1, 8, 2)]
+)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_sums_are_exact_in_every_geometry(geometry: str, weight_bits: int, activation_bits: int, bases: int) -> None:
     """With scales that are powers of two, float32 holds the integer sums, so nothing may differ."""
@@ -141,6 +143,25 @@ def test_sums_are_exact_in_every_geometry(geometry: str, weight_bits: int, activ
 @pytest.mark.parametrize(("weight_bits", "bases", "symmetric"), WEIGHTS)
 def test_sums_are_exact_at_every_width(weight_bits: int, bases: int, symmetric: bool, activation_bits: int) -> None:
     assert_exact(Case(weight_bits=weight_bits, bases=bases, symmetric=symmetric, activation_bits=activation_bits))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 4), (4, 4), (4, 8), (6, 8), (7, 8)])
+def test_sums_of_nothing_but_the_largest_products_are_exact(
+    weight_bits: int, activation_bits: int, negative: bool
+) -> None:
+    """As many as float32 can add up: more than any narrower sum can hold."""
+    top = 2**weight_bits - 1
+    x = 2.0**activation_bits - 1
+    inner = int(min(9000, 2**24 // (top * x)))
+    case = Case("linear", channels=(inner, 20), kernel=(), padding=0, bias=False, symmetric=False)
+    case = replace(case, weight_bits=weight_bits, activation_bits=activation_bits)
+    zero_point = None if weight_bits == 1 else torch.full((20,), top if negative else 0, dtype=torch.uint8)
+    codes = torch.full((1, 20, inner), 0 if negative else top, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.ones(1, 20), zero_point, weight_bits, (20, inner))
+    layer = CpuKernel().prepare(case.problem, LayerTensors(weight=weight, bias=None, channel_reciprocal=None))
+    got = layer(torch.full((3, inner), x), torch.ones(1), torch.zeros(1))
+    assert torch.equal(got, torch.full((3, 20), (-1 if negative else 1) * inner * top * x))
 
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (4, 4), (8, 8)])

@@ -15,6 +15,7 @@ from bitstep.numerics.packing import QuantizedWeight
 from bitstep.runtime import native
 from bitstep.runtime.convolution import ACTIVATIONS, After, Before, Convolution
 from bitstep.runtime.kernel import Forward, Kernel, LayerTensors, Problem, beyond_bytes
+from bitstep.runtime.native import Table
 
 _COLUMN = 16
 _TABLE_BITS = 4  # activations whose sums of four fit a signed byte once they are centred
@@ -24,7 +25,7 @@ class CpuKernel(Kernel):
     """Integer arithmetic on packed weights: AMX, AVX512, AVX-VNNI, AVX2 or portable code, as the machine has.
 
     Weights of 1, 2 and 4 bits stay packed in memory, 3 bits take 4 and the others a byte. One-bit weights under
-    activations of up to 4 bits run on tables of signed sums where the machine has AVX512-VBMI and no AMX.
+    activations of up to 4 bits run on tables of signed sums with AVX512-VBMI, AVX-VNNI and AVX2.
     """
 
     name = "cpu"
@@ -49,7 +50,8 @@ class NativeConvolution(Convolution):
     def __init__(self, problem: Problem, tensors: LayerTensors) -> None:
         super().__init__(problem)
         assert problem.activation_bits is not None
-        table = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS and native.has_tables()
+        indexing = problem.weight_bits == 1 and problem.activation_bits <= _TABLE_BITS
+        table = native.table() if indexing else Table.NONE
         image = self.problem
         self.padded_channels = _round_up(problem.in_channels, 16 if table else 4)
         bases, out, length = tensors.weight.codes.shape
@@ -71,6 +73,7 @@ class NativeConvolution(Convolution):
             bases=bases,
             panel=self.packed.panel,
             table=table,
+            largest=self.packed.largest,
             weight=self.packed.weight.data_ptr(),
             zero=self.packed.zero.data_ptr(),
             sum=self.packed.sum.data_ptr(),
@@ -132,7 +135,7 @@ class NativeConvolution(Convolution):
         )
 
     def codes(self) -> Tensor:
-        return unpack_columns(self.packed, self.shape, self.problem.kernel_size, bool(self.layer.table))
+        return unpack_columns(self.packed, self.shape, self.problem.kernel_size, Table(self.layer.table))
 
 
 def _prologue(before: Before) -> native.Prologue:
@@ -152,19 +155,21 @@ class Columns:
     """A weight as ``native/bitstep.h`` lays it out.
 
     weight: uint8, the packed blocks; bits: of memory per byte of a block; panel: columns of a panel
+    largest: absolute value of a weight
     zero: int8 ``[columns, 64]``; sum: int32 ``[columns, 16]``; scale: float32 ``[columns, 16]``
     """
 
     weight: Tensor
     bits: int
     panel: int
+    largest: int
     zero: Tensor
     sum: Tensor
     scale: Tensor
 
 
-def pack_columns(weight: QuantizedWeight, kernel: tuple[int, ...], table: bool) -> Columns:
-    """Re-lay a weight out in columns of 16 output channels; ``table`` makes its signs indices into tables."""
+def pack_columns(weight: QuantizedWeight, kernel: tuple[int, ...], table: Table) -> Columns:
+    """Re-lay a weight out in columns of 16 output channels; a ``table`` makes its signs indices."""
     bases, out, _ = weight.codes.shape
     codes = weight.codes.reshape(bases, out, -1, *kernel)
     extra = (-out % _COLUMN, -codes.shape[2] % (16 if table else 4))
@@ -174,8 +179,10 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, ...], table: bool) 
     panel = 4 if table else 2
     if table:
         bits = 4
+        largest = 1
         sums = torch.zeros_like(scale, dtype=torch.int32)
-        zero = torch.arange(0, -64, -16).repeat(len(scale), _COLUMN)
+        zero = torch.arange(0, -64, -16) if table is Table.BESIDE else torch.zeros(4, dtype=torch.int64)
+        zero = zero.repeat(len(scale), _COLUMN)
         codes = _join(codes.reshape(*codes.shape[:2], -1, 4, *kernel).unbind(3), 1)
     else:
         bits = {1: 1, 2: 2, 3: 4, 4: 4}.get(weight.bits, 8)
@@ -184,36 +191,40 @@ def pack_columns(weight: QuantizedWeight, kernel: tuple[int, ...], table: bool) 
         else:
             zero = _interleave(F.pad(weight.zero_point.int(), (0, extra[0])).expand(bases, -1))
             values = codes.int() - zero[:, :, None, None, None]
+        largest = int(values.abs().max())
         sums = values.sum((2, 3, 4), dtype=torch.int32)
         zero = zero.repeat_interleave(4, 1)
         if bits == 8:
             codes = values.to(torch.int8).view(torch.uint8)
-    # [column, 16, granule, 4, h, w] -> [h, w, granule, column, 16, 4]
-    blocks = codes.reshape(-1, _COLUMN, codes.shape[2] // 4, 4, *kernel).permute(4, 5, 2, 0, 1, 3)
+    # [column, 16, granule, 4, h, w] -> [h, w, granule, column, 16, 4], or 4, 16
+    order = (3, 1) if table is Table.APART else (1, 3)
+    blocks = codes.reshape(-1, _COLUMN, codes.shape[2] // 4, 4, *kernel).permute(4, 5, 2, 0, *order)
     panels = [_share(part.reshape(-1, 64), bits) for part in torch.split(blocks, panel, 3)]
     return Columns(
         weight=torch.cat(panels),
         bits=bits,
         panel=panel,
+        largest=largest,
         zero=zero.to(torch.int8).contiguous(),
         sum=sums.contiguous(),
         scale=scale.contiguous(),
     )
 
 
-def unpack_columns(columns: Columns, shape: tuple[int, int, int], kernel: tuple[int, ...], table: bool) -> Tensor:
+def unpack_columns(columns: Columns, shape: tuple[int, int, int], kernel: tuple[int, ...], table: Table) -> Tensor:
     """The codes, uint8 ``[bases, out, n]`` = ``shape``, that :func:`pack_columns` re-laid."""
     bases, out, length = shape
     share, granules = 8 // columns.bits, -(-length // prod(kernel) // (16 if table else 4))
+    block, order = ((4, _COLUMN), (5, 2, 4)) if table is Table.APART else ((_COLUMN, 4), (4, 2, 5))
     parts: list[Tensor] = []
     begin = 0
     for zero in torch.split(columns.zero, columns.panel):
         blocks = prod(kernel) * granules * len(zero)
         end = begin + -(-blocks // share)
         shared = torch.stack([columns.weight[begin:end] >> columns.bits * i for i in range(share)], 1)
-        parts.append(shared.reshape(-1, 64)[:blocks].reshape(*kernel, granules, len(zero), _COLUMN, 4))
+        parts.append(shared.reshape(-1, 64)[:blocks].reshape(*kernel, granules, len(zero), *block))
         begin = end
-    codes: Tensor = torch.cat(parts, 3).permute(3, 4, 2, 5, 0, 1).flatten(2, 3) & (2**columns.bits - 1)
+    codes: Tensor = torch.cat(parts, 3).permute(3, *order, 0, 1).flatten(2, 3) & (2**columns.bits - 1)
     if table:
         codes = torch.stack([codes >> i & 1 for i in range(4)], 3).flatten(2, 3)
     elif columns.bits == 8:

@@ -7,19 +7,29 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
 import torch
 
 from bitstep.errors import BitstepError
-from bitstep.library import check, current_instruction_set, library
+from bitstep.library import check, library
 from bitstep.runtime.kernel import refuse_gradients
 
 Call = Callable[[], object]
 """A call into the library with all its addresses; the tensors behind them must be kept alive."""
 
 _listener: ContextVar[Callable[..., None] | None] = ContextVar("listener", default=None)
+
+
+class Table(IntEnum):
+    """What a layer's ``table`` makes of its weights: nothing, or indices of four signs each into tables of sums, those
+    for the four groups of a granule of 16 channels beside each other, or apart by the 16 output channels."""
+
+    NONE = 0
+    BESIDE = 1
+    APART = 2
 
 
 class Step(ctypes.Structure):
@@ -80,7 +90,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("out_channels", "padded_channels")),
         *((f"{name}_{side}", c_int32) for name in ("kernel", "stride", "dilation") for side in "hw"),
-        *((name, c_int32) for name in ("bits", "bases", "panel", "table")),
+        *((name, c_int32) for name in ("bits", "bases", "panel", "table", "largest")),
         *((name, c_void_p) for name in ("weight", "zero", "sum", "scale")),
     ]
 
@@ -145,6 +155,7 @@ def kernels() -> ctypes.CDLL | None:
     return lib
 
 
-def has_tables() -> bool:
-    """Whether the instruction set in use runs one-bit weights on tables; with AMX, bytes are faster."""
-    return current_instruction_set() == "avx512vbmi"
+def table() -> Table:
+    """How the instruction set in use runs one-bit weights under activations of up to 4 bits."""
+    lib = kernels()
+    return Table(lib.bitstep_table()) if lib else Table.NONE
