@@ -39,6 +39,9 @@ struct Bytes {  // of the range of int8 on the left, of uint8 on the right
   static I dot(I acc, I left, I right) { return dot4(acc, right, left); }
   static void store_left(Left* p, I x) { store_bytes(reinterpret_cast<uint8_t*>(p), x & 0xff, kLanes); }
 };
+struct SmallBytes : Bytes {  // two of whose products add up to an int16
+  static I dot(I acc, I left, I right) { return dot4_small(acc, right, left); }
+};
 
 // The integers at(0) to at(kShare - 1) in one lane.
 template <class Kind, class At>

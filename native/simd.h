@@ -74,6 +74,8 @@ inline I pick(I a, I b, I index);
 inline I dot2(I acc, I a, I w);
 // acc + sum over the four bytes of each lane of a (unsigned) * w (signed), exactly.
 inline I dot4(I acc, I a, I w);
+// The same where two products add up to an int16.
+inline I dot4_small(I acc, I a, I w);
 
 #if defined(BITSTEP_avx512)
 
@@ -95,6 +97,7 @@ inline void store_bytes(uint8_t* p, I x, int count) {
   count == kLanes ? _mm_storeu_si128(out, bytes) : _mm_mask_storeu_epi8(p, first(count), bytes);
 }
 inline I dot4(I acc, I a, I w) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
+inline I dot4_small(I acc, I a, I w) { return dot4(acc, a, w); }
 inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
 inline I dot2(I acc, I a, I w) { return (I)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)w); }
@@ -134,6 +137,7 @@ inline void store_bytes(uint8_t* p, I x, int count) {
 }
 #if defined(BITSTEP_avxvnni)
 inline I dot4(I acc, I a, I w) { return (I)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)a, (__m256i)w); }
+inline I dot4_small(I acc, I a, I w) { return dot4(acc, a, w); }
 inline I dot2(I acc, I a, I w) { return (I)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)w); }
 #else
 inline I dot4(I acc, I a, I w) {
@@ -141,6 +145,9 @@ inline I dot4(I acc, I a, I w) {
   const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), odd = _mm256_srai_epi16((__m256i)w, 8);
   acc += (I)_mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0x00ff)), even);
   return acc + (I)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), odd);
+}
+inline I dot4_small(I acc, I a, I w) {
+  return acc + (I)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)w), _mm256_set1_epi16(1));
 }
 inline I dot2(I acc, I a, I w) { return acc + (I)_mm256_madd_epi16((__m256i)a, (__m256i)w); }
 #endif
@@ -204,6 +211,7 @@ inline I dot4(I acc, I a, I w) {
   }
   return acc;
 }
+inline I dot4_small(I acc, I a, I w) { return dot4(acc, a, w); }
 inline float sum(F x) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];

@@ -14,10 +14,8 @@ constexpr int32_t kLargestWord = 32767;
 struct Pairs : Bytes {
   template <int V>
   static void add(I (&acc)[V], const uint8_t* p, const I (&w)[V]) {
-    const __m256i a = (__m256i)broadcast4(p), ones = _mm256_set1_epi16(1);
-    for (int v = 0; v < V; ++v) {
-      acc[v] += (I)_mm256_madd_epi16(_mm256_maddubs_epi16(a, (__m256i)w[v]), ones);
-    }
+    const I a = broadcast4(p);
+    for (int v = 0; v < V; ++v) acc[v] = dot4_small(acc[v], a, w[v]);
   }
 };
 
