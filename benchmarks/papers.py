@@ -2,7 +2,8 @@
 
     python benchmarks/papers.py
 
-Ratios of means over seeds, from league.py's results; ratios of rows that are not measured yet are left out.
+Ratios of means over the seeds that both rows have, from league.py's results; ratios of rows that are not measured yet
+are left out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ LSQ = Name("lsq", "W4A4", data=IMAGES)
 LSQ_TIMED = Name("lsq", "W4A4", overrides=tuple(PUBLISHED_RATES), data=IMAGES)  # other rates, the same work
 EFFICIENTDM = Name("efficientdm", "W4A4", overrides=tuple(EVERYTHING))
 EFFICIENTDM_QUICK = Name("efficientdm", "W4A4", "quick")
+BEST_QUICK = Name("best", "W4A4", "quick")
 DILATEQUANT = Name("dilatequant", "W4A4")
 BASELINE = Name("binary-baseline", "W1A4", data=IMAGES)
 BASELINE_AS_LONG = Name("binary-baseline", "W1A4", overrides=tuple(AS_LONG), data=IMAGES)
@@ -55,6 +57,8 @@ BEST_BINARY = Name("best-binary", "W1.1A4")
 RATIOS = (
     (LSQ_TIMED, EFFICIENTDM_QUICK, MINUTES, "16.2 (EfficientDM)"),
     (LSQ, EFFICIENTDM_QUICK, DISTANCE, ""),
+    (LSQ_TIMED, BEST_QUICK, MINUTES, ""),
+    (LSQ, BEST_QUICK, DISTANCE, ""),
     (LSQ_TIMED, EFFICIENTDM, MINUTES, ""),
     (LSQ, EFFICIENTDM, DISTANCE, ""),
     (EFFICIENTDM, DILATEQUANT, DISTANCE, "1.7 (DilateQuant, bedrooms)"),
@@ -85,12 +89,21 @@ def ratios(rows: list[dict[str, Any]]) -> str:
         Name(row["recipe"], row["bits"], row["effort"], tuple(row["overrides"]), row["data"]): row
         for row in several_seeds(rows)
     }
-    lines = [
-        [str(above), str(below), IN_WORDS[of], published, f"{fmean(found[above][of]) / fmean(found[below][of]):.2f}"]
-        for above, below, of, published in RATIOS
-        if above in found and below in found and None not in [*found[above][of], *found[below][of]]
-    ]
+    lines = []
+    for above, below, of, published in RATIOS:
+        if above in found and below in found and (pairs := common(found[above], found[below], of)):
+            here = fmean(one for one, _ in pairs) / fmean(other for _, other in pairs)
+            lines.append([str(above), str(below), IN_WORDS[of], published, f"{here:.2f}"])
     return markdown(["row", "over row", "in", "published", "here"], lines)
+
+
+def common(above: dict[str, Any], below: dict[str, Any], of: str) -> list[tuple[float, float]]:
+    """What both rows have of the seeds that both have."""
+    first, second = (
+        {seed: value for seed, value in zip(row["seed"], row[of], strict=True) if value is not None}
+        for row in (above, below)
+    )
+    return [(first[seed], second[seed]) for seed in first if seed in second]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -238,12 +238,14 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         if isinstance(component, torch.nn.Module) and name != source.component:
             as_stored(component, source.folder / name)  # it was computed with in float32
     source.pipeline.register_modules(**{source.component: packed})
-    plan = {
-        "coverage": student.plan.coverage,
-        # (training may have taken bases away)
-        "layers": [asdict(layer) | {"bases": layers[layer.name].format.bases} for layer in student.plan.layers],
-        "attention": [asdict(site) for site in student.plan.attention],
-        "left_alone": dict(student.plan.left_alone),
+    # training may have taken bases away
+    kept = [replace(layer, bases=layers[layer.name].format.bases) for layer in student.plan.layers]
+    plan = replace(student.plan, layers=tuple(kept))
+    record = {
+        "coverage": plan.coverage,
+        "layers": [asdict(layer) for layer in plan.layers],
+        "attention": [asdict(site) for site in plan.attention],
+        "left_alone": dict(plan.left_alone),
         "rewritten": {
             kind: {name: asdict(statistics) for name, statistics in layers.items()}
             for kind, layers in student.rewritten.statistics.items()
@@ -251,10 +253,10 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         "folded": [asdict(origin) | {"layers": names} for origin, names in student.rewritten.folded.items()],
     }
     with without_progress_bars():
-        work.publish(source.pipeline.save_pretrained, plan)
+        work.publish(source.pipeline.save_pretrained, record)
     progress.line(
-        f"{len(layers)} layers quantized, {student.plan.average_weight_bits:.4g} bits a weight; both factors of "
-        f"{student.plan.coverage:.1%} of the multiply-accumulates"
+        f"{len(layers)} layers quantized, {plan.average_weight_bits:.4g} bits a weight; both factors of "
+        f"{plan.coverage:.1%} of the multiply-accumulates"
     )
     for kind, found in student.rewritten.statistics.items():
         progress.line(f"{kind}: {summary(found.values())}")

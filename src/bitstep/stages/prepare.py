@@ -31,6 +31,9 @@ from bitstep.stages.rewrite import Rewritten, rewrite
 from bitstep.stages.weight_errors import weight_errors
 from bitstep.trajectories.pool import Pool
 
+NOTABLY_MORE = 1.1
+"""Times the bits that were asked for: an average beyond it is worth a line before the work begins."""
+
 
 @dataclass(frozen=True)
 class Student:
@@ -84,6 +87,9 @@ def prepare(
     structure = trace(teacher, pool.batch(pool.indices_at(0)[:1])[0].to(device))
     errors = partial(_errors, teacher, pool, method, importance, progress)
     plan = _decide(teacher, structure, method, weight_bits, activation_bits, errors)
+    if plan.average_weight_bits > NOTABLY_MORE * weight_bits:
+        average = f"{plan.average_weight_bits:.4g} bits a weight"
+        progress.line(f"layers that keep more bits make it {average} on average, not {weight_bits:g}")
     weight_only = activation_bits == WEIGHT_ONLY_BITS and method.rewrites
     names = [layer.name for layer in plan.layers if layer.activation_bits is not None or weight_only]
     sites = [site.name for site in plan.attention]
