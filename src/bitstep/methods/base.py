@@ -272,12 +272,14 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Unit(_Trained):
-    """A part of the student trained on its own: its layers and attention, and its loss."""
+    """A part of the student trained on its own: its layers and attention, its loss, and what is done to it before each
+    iteration, once however many parts the batch is taken in."""
 
     name: str
     layers: Mapping[str, FakeQuantized]
     loss: Loss
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
+    begin: Callable[[int], None] = lambda iteration: None
 
     def weight_quantizers(self, kind: type[Quantizer]) -> list[Quantizer]:
         """Those of this kind among its layers'."""
@@ -304,6 +306,9 @@ class Objective(Variant):
         """The units in training order from number ``start`` on; each is asked for when the one before is trained."""
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Technique(Variant):
     """Something that accompanies an objective: a term added to its loss, or a schedule that acts on the layers."""
 
@@ -314,7 +319,7 @@ class Technique(Variant):
 
     @abstractmethod
     def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        """``unit`` with the technique in its loss, which stays a function of the iteration and the parameters."""
+        """``unit`` with the technique in its loss, or in how its iterations begin."""
 
 
 class Phase(Slot):

@@ -9,11 +9,12 @@ activations with a zero point, EfficientDM's distillation, and such an output.
 from __future__ import annotations
 
 from bitstep.methods.base import Activations, LearningRates, Output, Phase
-from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights, WarmUp
+from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights
 from bitstep.methods.dilatequant import DILATEQUANT, Dilation
 from bitstep.methods.efficientdm import EFFICIENTDM
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.methods.rewrites import Smoothing
+from bitstep.methods.techniques.warm_up import WarmUp
 
 BEST_ADAPTERS = EFFICIENTDM.model_copy(
     update={"name": "best-adapters", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}

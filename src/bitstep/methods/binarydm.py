@@ -10,18 +10,15 @@ without data: then the diffusion loss is replaced by distillation on the teacher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitstep.denoiser.calls import run
-from bitstep.denoiser.structure import Structure, blocks
-from bitstep.errors import BitstepError
+from bitstep.denoiser.structure import Structure
 from bitstep.methods.base import (
     ALL,
     Activations,
@@ -38,20 +35,16 @@ from bitstep.methods.base import (
     Weights,
 )
 from bitstep.methods.objectives.diffusion import DiffusionLoss
-from bitstep.numerics.lowrank import principal_basis
+from bitstep.methods.techniques.mimicking import Mimicking
+from bitstep.methods.techniques.warm_up import WarmUp
 from bitstep.planning import LayerPlan, Plan, add_bases, add_bits
-from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.binary import BinaryWeight
-from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, WeightQuantizer
 
-Share = Annotated[float, Field(ge=0, le=1)]
 EVOLVABLE = 0.1
-"""Share of all weights that start with a second basis: those at the model's head and tail that have one at W1.1."""
+"""Share of all weights that start with a second basis, at the model's head and tail."""
 WIDER_BITS = (4, 8)
 """Uniform bits that a measured allocation may give a layer, besides a second basis."""
-FEATURE_IMAGES = 16
-"""Trajectories whose features, at every timestep, make the bases of low-rank mimicking."""
 
 
 class BinaryWeights(Weights):
@@ -102,69 +95,6 @@ class BinaryWeights(Weights):
         return BinaryWeight(DenseWeight(weight), layer.bases)
 
 
-class Mimicking(Technique):
-    """Low-rank representation mimicking: the student's block outputs follow the teacher's along their main directions.
-
-    Of every residual, attention or transformer block with c output channels, the ``rank`` * c leading eigenvectors of
-    F^T F, F being teacher features ``[samples and positions, c]`` over all timesteps, are found once and stay.
-    """
-
-    kind: Literal["mimicking"] = "mimicking"
-    weight: NonNegativeFloat = 1e-4
-    rank: Share = 0.25
-
-    def check(self, weights: Weights, phase: Phase) -> None:
-        if not phase.objective.whole:
-            raise ValueError(f"mimicking needs an objective that runs the whole denoiser, not {phase.objective.kind}")
-
-    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        names = [block.name for block in blocks(context.teacher, context.structure) if len(block.layers) > 1]
-        if not names:
-            raise BitstepError(
-                f"{type(context.teacher).__name__} has no blocks whose features could be mimicked: leave mimicking out "
-                "of the recipe's techniques"
-            )
-        bases = {
-            name: principal_basis(gram, max(1, round(self.rank * len(gram))))
-            for name, gram in feature_grams(context, names, phase.batch_size).items()
-        }
-
-        def loss(iteration: int, part: slice = ALL) -> Tensor:
-            with block_features(context.student, names) as student, _arguments(context.student) as calls:
-                value = unit.loss(iteration, part)
-            args, kwargs = calls[-1]
-            with torch.no_grad(), block_features(context.teacher, names) as teacher:
-                context.teacher(*args, **kwargs)
-            terms = [((student[name] - teacher[name]) @ bases[name]).square().mean() for name in names]
-            return value + self.weight * torch.stack(terms).mean()
-
-        return replace(unit, loss=loss)
-
-
-class WarmUp(Technique):
-    """Progressive warm-up: weights turn binary layer by layer, from the middle of the denoiser outward, then
-    activations are quantized in the same order, attention last; all are after ``share`` of the iterations. A layer is
-    trained from the iteration on at which it turns binary. (In the paper it takes about half as many iterations as
-    there are modules, next to nothing of 200,000; short runs with their large steps need a larger share.)"""
-
-    kind: Literal["warm-up"] = "warm-up"
-    share: Share = 0.1
-
-    def applied(self, unit: Unit, context: Context, phase: Phase) -> Unit:
-        layers = outward(unit.layers, context.structure)
-        quantizers: list[WeightQuantizer | ActivationQuantizer] = [layer.weight_quantizer for layer in layers]
-        for module in [*layers, *unit.attention.values()]:
-            quantizers += [part for part in module.modules() if isinstance(part, ActivationQuantizer)]
-        pace = self.share * phase.iterations / len(quantizers)  # iterations from one to the next
-
-        def loss(iteration: int, part: slice = ALL) -> Tensor:
-            for rank, quantizer in enumerate(quantizers):
-                quantizer.enabled = iteration >= int(pace * rank)
-            return unit.loss(iteration, part)
-
-        return replace(unit, loss=loss)
-
-
 class EvolvableBasis(Technique):
     """Evolvable basis: the penalty presses the second scales towards zero, ``penalty`` * mean |s_2|; after ``share`` of
     the iterations the second bases are dropped, however large they still are, and training goes on with one."""
@@ -183,81 +113,22 @@ class EvolvableBasis(Technique):
         if not quantizers:
             return unit
 
-        def loss(iteration: int, part: slice = ALL) -> Tensor:
-            if iteration >= int(self.share * phase.iterations):
+        last = int(self.share * phase.iterations)
+
+        def begin(iteration: int) -> None:
+            unit.begin(iteration)
+            if iteration == last:
                 for quantizer in quantizers:
                     quantizer.drop_second_basis()
-                return unit.loss(iteration, part)
+
+        def loss(iteration: int, part: slice = ALL) -> Tensor:
+            value = unit.loss(iteration, part)
+            if iteration >= last:
+                return value
             second = torch.cat([quantizer.second_scale().flatten() for quantizer in quantizers])
-            return unit.loss(iteration, part) + self.penalty * second.mean()
+            return value + self.penalty * second.mean()
 
-        return replace(unit, loss=loss)
-
-
-def outward(layers: Mapping[str, FakeQuantized], structure: Structure) -> list[FakeQuantized]:
-    """``layers`` from the middle of the denoiser outward: by distance, in execution order, from the centre of the
-    layers at the lowest resolution (of a UNet its middle block, of a transformer the middle of all)."""
-    place = {info.name: i for i, info in enumerate(structure.layers)}
-    spatial = [info for info in structure.layers if info.sees_sample]
-    lowest = [place[info.name] for info in spatial if info.positions == min(info.positions for info in spatial)]
-    middle = sum(lowest) / len(lowest)
-    return [layers[name] for name in sorted(layers, key=lambda name: abs(place[name] - middle))]
-
-
-@torch.no_grad()
-def feature_grams(context: Context, names: list[str], batch_size: int) -> dict[str, Tensor]:
-    """F^T F ``[c, c]``, float64, of the teacher's output at each named block, summed over positions, samples and all
-    timesteps of the recorded trajectories: one batch of features is in memory at a time."""
-    grams: dict[str, Tensor] = {}
-    steps = range(len(context.pool.timesteps))
-    indices = torch.cat([context.pool.indices_at(step, FEATURE_IMAGES) for step in steps])
-    for chosen in context.pool.split(indices, batch_size):
-        call, _ = context.batch(chosen)
-        with block_features(context.teacher, names) as features:
-            run(context.teacher, call)
-        for name, feature in features.items():
-            rows = feature.reshape(-1, feature.shape[-1])
-            gram = (rows.T @ rows).double()
-            grams[name] = grams[name] + gram if name in grams else gram
-    return grams
-
-
-@contextmanager
-def block_features(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the named blocks, float32 ``[batch, ..., channels]``, of what runs under this context manager; of
-    blocks that return the text's and the sample's, the sample's."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, block: nn.Module) -> Callable[..., None]:
-        of_curves = any(isinstance(part, nn.Conv1d) for part in block.modules())
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            feature = output
-            if not isinstance(output, Tensor):  # the text's and the sample's, in either order
-                sample = args[0] if args else kwargs["hidden_states"]
-                feature = next(x for x in output if x is not None and x.shape == sample.shape)
-            maps = feature.ndim > 3 or of_curves  # else tokens, which have their channels last
-            found[name] = (feature.movedim(1, -1) if maps else feature).float()
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            block = denoiser.get_submodule(name)
-            stack.enter_context(block.register_forward_hook(keep(name, block), with_kwargs=True))
-        yield found
-
-
-@contextmanager
-def _arguments(denoiser: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The arguments of the denoiser's calls under this context manager."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-
-    with denoiser.register_forward_pre_hook(hook, with_kwargs=True):
-        yield calls
+        return replace(unit, begin=begin, loss=loss)
 
 
 _SHORT = {

@@ -34,7 +34,8 @@ class BinaryWeight(WeightQuantizer):
     def codes(self) -> QuantizedWeight:
         """The signs and scales; a second basis that was dropped leaves nothing behind."""
         weight, scale = self.source(), self.log_scale.exp()
-        scale = scale[: 1 + int(scale[1:].any())]
+        if not scale[1:].any():
+            scale = scale[:1]
         planes = binary.codes(weight.flatten(1), scale)
         return QuantizedWeight(planes, scale, zero_point=None, bits=1, shape=tuple(weight.shape))
 

@@ -85,6 +85,7 @@ def _train(unit: Unit, context: Context, phase: Phase, state: TrainingState) -> 
 
 def _step(unit: Unit, phase: Phase, state: TrainingState) -> float:
     """One iteration; returns its loss."""
+    unit.begin(state.iteration)
     for module in unit.trained.values():
         module.zero_grad()  # what no optimizer holds gets gradients too
     loss = _backward(unit, phase, state)

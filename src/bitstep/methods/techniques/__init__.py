@@ -1,0 +1,1 @@
+"""What accompanies an objective, of more than one method."""
