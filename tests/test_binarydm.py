@@ -29,7 +29,7 @@ from bitstep.quantizers.binary import BinaryWeight
 from bitstep.quantizers.weights import WeightQuantizer
 from bitstep.run_folder import LOSS
 from bitstep.stages.calibrate import stream
-from bitstep.stages.finetune import TrainingState, finetune, trained_tensors
+from bitstep.stages.finetune import TrainingState, finetune, optimizers, roles, trained_tensors
 from bitstep.stages.inspect import packed_manifest
 from bitstep.stages.load import load
 from bitstep.stages.prepare import Student, prepare
@@ -382,6 +382,19 @@ def test_the_moving_average_starts_at_the_initial_scales_and_ends_in_the_paramet
     for name, value in values().items():
         torch.testing.assert_close(value, average[name])
     assert any(not torch.equal(values()[name], history[-1][name]) for name in average)
+
+
+def test_weights_decay_and_scales_do_not() -> None:
+    _, context, _ = prepared()
+    built = optimizers(context.trained, PHASE.model_copy(update={"weight_decay": 0.3}))
+    decays = {id(p): group["weight_decay"] for opt in built for group in opt.param_groups for p in group["params"]}
+    found = {
+        (role, decays[id(parameter)])
+        for layer in context.layers.values()
+        for role, parameters in roles(layer).items()
+        for parameter in parameters
+    }
+    assert found == {("weight", 0.3), ("weight_scale", 0.0), ("activation_scale", 0.0)}
 
 
 @pytest.fixture

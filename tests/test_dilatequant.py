@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import blocks
-from bitstep.methods.dilatequant import DILATEQUANT, Dilation
-from bitstep.methods.rewrites import Smoothing, SplitConcatenation
-from bitstep.numerics.dilation import CAP, dilation, range_aware, statistics, stretched
+from bitstep.methods.dilatequant import DILATEQUANT
+from bitstep.methods.rewrites import Dilation, Smoothing, SplitConcatenation
+from bitstep.numerics.dilation import CAP, dilation, range_aware, stretched
 from bitstep.numerics.uniform import search_range
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
 from bitstep.stages.prepare import prepare
-from bitstep.stages.rewrite import scales_of
+from bitstep.stages.rewrite import scales_of, stretch_of
 
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv1d | nn.Conv2d, tuple[int, ...]]] = {
     "linear": (nn.Linear(24, 10), (3, 5, 24)),
@@ -94,8 +94,8 @@ def test_range_aware_dilation_reaches_the_same_range_with_less() -> None:
     aware = range_aware(scale, ranges)
     # channel 1 can do no better than 8 / 2 = 4, and no other has to go below it
     assert aware.tolist() == [1.0, 2.0, 2.0, 1.0]
-    assert statistics(aware, ranges).range_shrink == statistics(scale, ranges).range_shrink == 0.5
-    assert statistics(aware, ranges).unsaturated == 0.5
+    assert stretch_of(aware, ranges).range_shrink == stretch_of(scale, ranges).range_shrink == 0.5
+    assert stretch_of(aware, ranges).share == 0.5
 
 
 def test_rewrites_follow_one_another() -> None:

@@ -28,6 +28,7 @@ from bitstep.run_folder import LOSS, RUN, RunFolder
 from bitstep.runtime.dispatch import set_backend
 from bitstep.stages import finetune
 from bitstep.stages.calibrate import stream
+from bitstep.stages.inspect import inspect
 from bitstep.stages.load import Source, load
 from bitstep.stages.prepare import Student
 from bitstep.stages.sample import save
@@ -62,10 +63,42 @@ def weights(folder: Path) -> bytes:
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+class Lines:
+    """Keeps the lines that a run prints."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stage(self, name: str) -> Any:
+        return nullcontext(lambda *_: None)
+
+
 def test_the_plan_says_what_was_packed(teacher: str, tmp_path: Path) -> None:
-    out = run.quantize(teacher, out=tmp_path / "out", **tiny("binarydm-ebb"))
+    said = Lines()
+    out = run.quantize(teacher, out=tmp_path / "out", progress=said, **tiny("binarydm-ebb"))
     plan = json.loads((out / "run" / "plan.json").read_text())
     assert {layer["bases"] for layer in plan["layers"]} == {1}  # each had a second one while it was trained
+    average = f"{inspect(out)['average_weight_bits']:.4g} bits a weight"
+    assert [line for line in said.lines if f"quantized, {average}" in line]
+
+
+@pytest.mark.parametrize("rule", ["activation_bits: 8", "activation_bits: 32", "skip: true"])
+def test_every_rewrite_says_what_it_did(rule: str, teacher: str, tmp_path: Path) -> None:
+    said = Lines()
+    arguments = tiny("dilatequant", bits="W4A8")
+    arguments["overrides"] += [
+        "rewrites=[{kind: dilation}, {kind: smoothing}, {kind: dilation, range_aware: true}]",
+        f"layers.rules=[{{match: '*', {rule}}}, {{match: time_embedding.linear_1, activation_bits: 32}}]",
+    ]
+    out = run.quantize(teacher, out=tmp_path / "out", progress=said, **arguments)
+    rewritten = json.loads((out / "run" / "plan.json").read_text())["rewritten"]
+    kinds = ["dilation", "smoothing", "dilation"]
+    assert [change["kind"] for change in rewritten] == kinds
+    assert [line.partition(":")[0] for line in said.lines if "stretch" in line] == kinds
+    assert any(change["layers"] for change in rewritten) == (rule != "skip: true")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -378,19 +411,6 @@ def test_a_method_without_training_shows_no_training(
     assert not (out / "run" / LOSS).exists()
 
 
-class Lines:
-    """Keeps the lines that a run prints."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def stage(self, name: str) -> Any:
-        return nullcontext(lambda *_: None)
-
-
 def test_an_interrupted_run_says_how_to_go_on_and_a_damaged_one_how_not(
     teacher: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -416,7 +436,7 @@ def test_a_full_gpu_is_one_clear_line(teacher: str, tmp_path: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(run, "record", full)
-    with pytest.raises(BitstepError, match=r"cpu ran out of memory: .*--set$"):
+    with pytest.raises(BitstepError, match=r"cpu ran out of memory: with --set .*memory \(GiB\)$"):
         run.quantize(teacher, out=tmp_path / "out", **tiny("minmax"))
     assert not list(tmp_path.iterdir())
 

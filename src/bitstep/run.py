@@ -16,7 +16,6 @@ from torch import Tensor
 from bitstep.arguments import as_list, check_seed
 from bitstep.errors import BitstepError, UsageError
 from bitstep.methods.base import Calibration, Context, Effort, Phase
-from bitstep.numerics.dilation import summary
 from bitstep.planning import check_rules
 from bitstep.progress import SILENT, Reporter
 from bitstep.recipe import Recipe, resolve
@@ -30,6 +29,7 @@ from bitstep.stages.pack import pack
 from bitstep.stages.pictures import find_pictures
 from bitstep.stages.precondition import check_preconditionable, precondition
 from bitstep.stages.prepare import Student, prepare
+from bitstep.stages.rewrite import summary
 from bitstep.stages.sample import holds_images, read
 from bitstep.stages.sensitivity import sensitivity
 from bitstep.trajectories.images import TrainingImages, enlargement, unconditional
@@ -120,7 +120,8 @@ def _in_one_line(device: str, work: RunFolder, progress: Reporter) -> Iterator[N
         raise
     except torch.OutOfMemoryError as error:
         raise BitstepError(
-            f"{device} ran out of memory: lower calibration.batch_size, and training.N.memory (GiB), with --set"
+            f"{device} ran out of memory: with --set lower calibration.batch_size, training.N.batch_size and "
+            "training.N.memory (GiB)"
         ) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "deserializing" in str(error):
@@ -246,10 +247,10 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         "layers": [asdict(layer) for layer in plan.layers],
         "attention": [asdict(site) for site in plan.attention],
         "left_alone": dict(plan.left_alone),
-        "rewritten": {
-            kind: {name: asdict(statistics) for name, statistics in layers.items()}
-            for kind, layers in student.rewritten.statistics.items()
-        },
+        "rewritten": [
+            {"kind": kind, "layers": {name: asdict(stretch) for name, stretch in stretches.items()}}
+            for kind, stretches in student.rewritten.stretches
+        ],
         "folded": [asdict(origin) | {"layers": names} for origin, names in student.rewritten.folded.items()],
     }
     with without_progress_bars():
@@ -258,8 +259,8 @@ def _publish(source: Source, student: Student, recipe: Recipe, work: RunFolder, 
         f"{len(layers)} layers quantized, {plan.average_weight_bits:.4g} bits a weight; both factors of "
         f"{plan.coverage:.1%} of the multiply-accumulates"
     )
-    for kind, found in student.rewritten.statistics.items():
-        progress.line(f"{kind}: {summary(found.values())}")
+    for kind, stretches in student.rewritten.stretches:
+        progress.line(f"{kind}: {summary(stretches.values())}")
     if scales := student.rewritten.scales:
         folded = sum(map(len, student.rewritten.folded.values()))
         progress.line(

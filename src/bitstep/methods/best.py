@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from bitstep.methods.base import Activations, LearningRates, Output, Phase
 from bitstep.methods.binarydm import BINARY_BASELINE, BinaryWeights
-from bitstep.methods.dilatequant import DILATEQUANT, Dilation
+from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
-from bitstep.methods.rewrites import Smoothing
+from bitstep.methods.rewrites import Dilation, Smoothing
 from bitstep.methods.techniques.warm_up import WarmUp
 
 BEST_ADAPTERS = EFFICIENTDM.model_copy(
     update={"name": "best-adapters", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
 )
 
+# its short efforts are DilateQuant's, which have such rewrites and last blocks too
 BEST_BLOCKS = DILATEQUANT.model_copy(
     update={
         "name": "best-blocks",

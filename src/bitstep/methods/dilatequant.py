@@ -12,9 +12,7 @@ SiLU of a residual block for one, it is a vector that kernels apply in the same 
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import Any
 
 from bitstep.methods.base import (
     Activations,
@@ -23,61 +21,35 @@ from bitstep.methods.base import (
     LearningRates,
     Method,
     Phase,
-    Rewrite,
     UniformWeights,
 )
 from bitstep.methods.objectives.blockwise import BlockwiseDistillation
-from bitstep.methods.rewrites import SplitConcatenation
-from bitstep.numerics.dilation import dilation, range_aware
-
-
-class Dilation(Rewrite):
-    """Weight dilation by the paper's rule.
-
-    range_aware: stretch no channel further than the range of the input can follow
-    """
-
-    kind: Literal["dilation"] = "dilation"
-    range_aware: bool = False
-
-    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
-        scale = dilation(weight, groups)
-        return range_aware(scale, channel_range) if self.range_aware else scale
+from bitstep.methods.objectives.trajectory import TrajectoryDistillation
+from bitstep.methods.rewrites import Dilation, Smoothing, SplitConcatenation
 
 
 def _short(images: int, samples: int, block_iterations: int, iterations: int) -> dict[str, Any]:
     """A short effort: smoothing takes the place of splitting, everything moves faster than in the published schedule,
     and in the end the last blocks are trained together: at high noise, where pictures are decided, most of the output's
     error is made in them (docs/log.md), and only the output tells which of their errors show."""
+    block_by_block = Phase(
+        objective=BlockwiseDistillation(samples=samples),
+        iterations=block_iterations,
+        batch_size=16,
+        learning_rates=LearningRates(weight=1e-1, weight_scale=1e-3, activation_scale=1e-2, activation_zero_point=2e-2),
+        decay="cosine",
+    )
+    last_blocks = Phase(
+        objective=TrajectoryDistillation(last=6, emphasis=0.5),
+        iterations=iterations,
+        batch_size=8,
+        learning_rates=LearningRates(weight=3e-2, weight_scale=5e-3, activation_scale=2e-2, activation_zero_point=5e-2),
+    )
     return {
-        "rewrites": [{"kind": "smoothing"}, {"kind": "dilation"}],
+        "rewrites": [change.model_dump() for change in (Smoothing(), Dilation())],
         "calibration.steps": 50,
         "calibration.images": images,
-        "training": [
-            {
-                "objective": {"kind": "blockwise", "samples": samples},
-                "iterations": block_iterations,
-                "batch_size": 16,
-                "learning_rates": {
-                    "weight": 1e-1,
-                    "weight_scale": 1e-3,
-                    "activation_scale": 1e-2,
-                    "activation_zero_point": 2e-2,
-                },
-                "decay": "cosine",
-            },
-            {
-                "objective": {"kind": "trajectory", "last": 6, "emphasis": 0.5},
-                "iterations": iterations,
-                "batch_size": 8,
-                "learning_rates": {
-                    "weight": 3e-2,
-                    "weight_scale": 5e-3,
-                    "activation_scale": 2e-2,
-                    "activation_zero_point": 5e-2,
-                },
-            },
-        ],
+        "training": [phase.model_dump() for phase in (block_by_block, last_blocks)],
     }
 
 

@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from bitstep.methods.base import Rewrite
+from bitstep.numerics.dilation import dilation, range_aware
 
 
 class SplitConcatenation(Rewrite):
     """Split quantizers (Q-Diffusion, arXiv 2302.04304) for an input concatenated of tensors with different ranges.
 
     The parts are brought to the range of the narrowest, so that each is rounded with a step size of its own, and the
-    integer product stays one.
+    integer product stays one; the weights that read them are stretched by as much, and share theirs.
     """
 
     kind: Literal["split-concatenation"] = "split-concatenation"
@@ -47,6 +48,20 @@ class Smoothing(Rewrite):
         weight_range = weight.movedim(1, 0).flatten(1).abs().amax(1)
         scale = _floored(channel_range) ** self.strength / _floored(weight_range) ** (1 - self.strength)
         return scale / scale.min()
+
+
+class Dilation(Rewrite):
+    """Weight dilation (DilateQuant, arXiv 2409.14307) by the paper's rule.
+
+    range_aware: stretch no channel further than the range of the input can follow
+    """
+
+    kind: Literal["dilation"] = "dilation"
+    range_aware: bool = False
+
+    def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
+        scale = dilation(weight, groups)
+        return range_aware(scale, channel_range) if self.range_aware else scale
 
 
 def _floored(ranges: Tensor) -> Tensor:

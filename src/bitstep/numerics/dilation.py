@@ -14,29 +14,11 @@ the step d_x': :func:`range_aware` therefore stretches no further than the range
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from statistics import mean, median
-
 import torch
 from torch import Tensor
 
 CAP = 16.0
 """The most a channel is stretched: one with hardly any weight would otherwise be shrunk to nothing."""
-
-
-@dataclass(frozen=True)
-class StretchStatistics:
-    """What stretching the weights of one layer, by whatever rule, did to it.
-
-    unsaturated: share of input channels that could be stretched, and were
-    median: of s, over all input channels
-    range_shrink: range of the input after, over range before; 1 when nothing is gained
-    """
-
-    unsaturated: float
-    median: float
-    range_shrink: float
 
 
 def dilation(weight: Tensor, groups: int = 1) -> Tensor:
@@ -66,26 +48,3 @@ def stretched(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     per_group = scale.to(weight.device).reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
     return (grouped * per_group).flatten(0, 1)
-
-
-def statistics(scale: Tensor, channel_range: Tensor) -> StretchStatistics:
-    """What dividing an input of that ``channel_range`` ``[in]`` by ``scale`` ``[in]`` gains."""
-    before = channel_range.max()
-    after = (channel_range / scale).max()
-    return StretchStatistics(
-        unsaturated=float((scale > 1).float().mean()),
-        median=float(scale.median()),
-        range_shrink=float(after / before) if before > 0 else 1.0,
-    )
-
-
-def summary(layers: Iterable[StretchStatistics]) -> str:
-    """One line about all layers, each counting once."""
-    layers = list(layers)
-    unsaturated = mean(layer.unsaturated for layer in layers)
-    stretch = median(layer.median for layer in layers)
-    shrink = median(layer.range_shrink for layer in layers)
-    return (
-        f"{unsaturated:.0%} of the input channels of {len(layers)} layers stretched, median s {stretch:.2f}, median "
-        f"input range {shrink:.2f} of what it was"
-    )

@@ -32,7 +32,7 @@ class AdaRoundWeight(WeightQuantizer):
         with torch.no_grad():
             weight = source().flatten(1)
             scale, zero_point = uniform.search_range(weight, bits, symmetric=True, method=method)
-            above = weight / scale[:, None]
+            above = weight * scale.reciprocal()[:, None]  # as codes are made, or some would start a step too low
             above = (above - above.floor()).clamp(1e-3, 1 - 1e-3)
             self.rounding = nn.Parameter(((above - _LOW) / (_HIGH - _LOW)).logit())
         self.register_buffer("scale", scale)

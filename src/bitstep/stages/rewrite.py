@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,34 @@ from bitstep.denoiser.layers import QUANTIZABLE, groups_of, weight_of
 from bitstep.denoiser.origins import Origin
 from bitstep.denoiser.structure import Structure, blocks
 from bitstep.methods.base import Rewrite
-from bitstep.numerics.dilation import StretchStatistics, statistics, stretched
+from bitstep.numerics.dilation import stretched
 from bitstep.stages.ranges import Observed
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a rewrite did to one layer.
+
+    share: of input channels whose weights were stretched
+    median: of s, over all input channels
+    range_shrink: range of the input after, over range before; 1 when nothing is gained
+    """
+
+    share: float
+    median: float
+    range_shrink: float
 
 
 @dataclass(frozen=True)
 class Rewritten:
     """scales: s ``[in]``, the product of all rewrites', of every layer that they change
     folded: what takes 1 / s, and the layers that read it
-    statistics: what each kind of rewrite, after those before it, did to every layer
+    stretches: of every rewrite in turn, its kind, and what it did, after those before it, to every layer
     """
 
     scales: dict[str, Tensor]
     folded: dict[Origin, list[str]]
-    statistics: dict[str, dict[str, StretchStatistics]]
+    stretches: list[tuple[str, dict[str, Stretch]]]
 
     def reciprocal(self, layer: str) -> Tensor | None:
         """1 / s where the layer itself has to multiply its input by it."""
@@ -61,21 +76,44 @@ def rewrite(
 ) -> Rewritten:
     """What ``rewrites`` make of all observed layers. On the CPU, as what was observed is."""
     parts = {info.name: info.parts for info in structure.layers}
-    found = Rewritten({}, {}, {change.kind: {} for change in rewrites})
+    found = Rewritten({}, {}, [(change.kind, {}) for change in rewrites])
     for names, origin in _together(teacher, structure, observed):
         layers = [teacher.get_submodule(name) for name in names]
         weight = torch.cat([weight_of(layer).detach().cpu() for layer in layers])
         channel_range = observed[names[0]].channel_range
         scale = torch.ones_like(channel_range)
         scales = scales_of(rewrites, weight, groups_of(layers[0]), channel_range, parts[names[0]])
-        for change, own in zip(rewrites, scales, strict=True):
-            found.statistics[change.kind].update(dict.fromkeys(names, statistics(own, channel_range / scale)))
+        for (_, stretches), own in zip(found.stretches, scales, strict=True):
+            stretches.update(dict.fromkeys(names, stretch_of(own, channel_range / scale)))
             scale = scale * own
         if bool((scale != 1).any()):
             found.scales.update(dict.fromkeys(names, scale))
             if origin is not None:
                 found.folded[origin] = names
     return found
+
+
+def stretch_of(scale: Tensor, channel_range: Tensor) -> Stretch:
+    """What dividing an input of that ``channel_range`` ``[in]`` by ``scale`` ``[in]`` gains."""
+    before = channel_range.max()
+    after = (channel_range / scale).max()
+    return Stretch(
+        share=float((scale > 1).float().mean()),
+        median=float(scale.median()),
+        range_shrink=float(after / before) if before > 0 else 1.0,
+    )
+
+
+def summary(stretches: Iterable[Stretch]) -> str:
+    """One line about all layers, each counting once."""
+    layers = list(stretches)
+    if not layers:
+        return "no layer to stretch"
+    return (
+        f"{mean(layer.share for layer in layers):.0%} of the input channels of {len(layers)} layers stretched, "
+        f"median s {median(layer.median for layer in layers):.2f}, "
+        f"median input range {median(layer.range_shrink for layer in layers):.2f} of what it was"
+    )
 
 
 def scales_of(

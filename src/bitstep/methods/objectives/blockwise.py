@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from bitstep.denoiser.calls import Call, run
@@ -33,8 +34,8 @@ from bitstep.trajectories.block_calls import BlockCalls
 class BlockwiseDistillation(Objective):
     """Every block of :func:`bitstep.denoiser.structure.blocks` with trained layers is a unit, in order of execution.
 
-    samples: recorded calls, over all timesteps, that the blocks are fitted to; where there are calls of several forms,
-        of the commonest. A block that runs several times in one forward pass is fitted to the first.
+    samples: recorded calls, as many of every timestep, that the blocks are fitted to; where there are calls of several
+        forms, of the commonest. A block that runs several times in one forward pass is fitted to the first.
     full_resolution: only the blocks that see as many positions as any
     leave: so many last blocks, which another phase trains
     """
@@ -46,8 +47,7 @@ class BlockwiseDistillation(Objective):
     leave: NonNegativeInt = 0
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        alike = context.pool.commonest  # the files of a block hold inputs of one shape
-        indices = alike[draw(len(alike), min(self.samples, len(alike)), context.seed, "blockwise", 0)]
+        indices = _of_every_step(context, self.samples)
         blocks = context.blocks()
         blocks = blocks[: max(0, len(blocks) - self.leave)]
         if self.full_resolution:
@@ -56,6 +56,16 @@ class BlockwiseDistillation(Objective):
             blocks = [block for block in blocks if max(positions[name] for name in block.layers) == most]
         for block in blocks[start:]:
             yield _unit(block, context, phase, indices, self.emphasis)
+
+
+def _of_every_step(context: Context, count: int) -> Tensor:
+    """``count`` samples of one form, as the files of a block hold inputs of one shape, at random, but of every timestep
+    one before there is a second: what is trained per timestep is trained at all."""
+    alike = context.pool.commonest
+    shuffled = alike[draw(len(alike), len(alike), context.seed, "blockwise", 0)]
+    steps = context.pool.step_of[shuffled]
+    nth = functional.one_hot(steps).cumsum(0).gather(1, steps[:, None]).flatten()  # of its timestep
+    return shuffled[nth.argsort(stable=True)[:count]]
 
 
 def _unit(block: Block, context: Context, phase: Phase, indices: Tensor, emphasis: float) -> Unit:
