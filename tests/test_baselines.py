@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +27,15 @@ def test_it_starts_at_the_weight_when_soft_and_at_the_nearest_code_when_hard() -
         inside = (nearest.fake() - weight).abs() <= nearest.step_size()  # not clipped
         assert bool(((learned.fake() - weight).abs() < 5e-3)[inside].float().mean() > 0.9)
     assert torch.equal(learned.fake(), nearest.fake())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_codes_reach_start_as_near_as_any(bits: int) -> None:
+    """Whichever way their quotient by the step is rounded."""
+    first = UniformWeight(DenseWeight(torch.randn(512, 64, generator=torch.Generator().manual_seed(0))), bits)
+    weight = first.fake().detach()
+    learned, nearest = AdaRoundWeight(DenseWeight(weight), bits), UniformWeight(DenseWeight(weight), bits)
+    assert torch.allclose((learned.fake() - weight).abs(), (nearest.fake() - weight).abs(), atol=1e-6)
 
 
 def test_learned_rounding_beats_the_nearest() -> None:

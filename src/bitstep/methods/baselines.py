@@ -52,4 +52,5 @@ LSQ = Method(
         "standard": {**_SHORT, "training.0.batch_size": 32, "training.0.iterations": 2_000},
     },
 )
-"""Quantization-aware training of every weight and step size (arXiv 1902.08153) on images (``--data``)."""
+"""Quantization-aware training of weights and step sizes (arXiv 1902.08153) on images (``--data``). As everywhere, the
+first and the last layer, the time embedding, norms and biases stay as they are."""
