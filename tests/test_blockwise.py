@@ -74,6 +74,7 @@ def test_every_trained_layer_and_attention_has_one_block(tmp_path: Path) -> None
         owned = [name for unit in units for name in getattr(unit, part)]
         assert sorted(owned) == sorted(getattr(context, part))
     assert [unit.name for unit in units_of(context, start=3)] == [unit.name for unit in units[3:]]
+    assert {unit.of for unit in units_of(context, start=3)} == {len(units)}
 
 
 def test_the_input_is_what_the_trained_blocks_before_return(tmp_path: Path) -> None:

@@ -223,7 +223,8 @@ def _train(context: Context, phases: Sequence[Phase], work: RunFolder, progress:
     with progress.stage("fine-tune") as update:
         for step in finetune(context, phases, state):
             losses.append((step.phase, step.unit, step.iteration, step.loss))
-            update(step.iteration, step.iterations, f"{step.name} loss {step.loss:.5f}")
+            place = f" ({step.unit + 1} of {step.units})" if step.units > 1 else ""
+            update(step.iteration, step.iterations, f"{step.name}{place} loss {step.loss:.5f}")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 work.save(context, state, losses)
                 saved = time.monotonic()

@@ -273,13 +273,14 @@ class Loss(Protocol):
 @dataclass(frozen=True)
 class Unit(_Trained):
     """A part of the student trained on its own: its layers and attention, its loss, and what is done to it before each
-    iteration, once however many parts the batch is taken in."""
+    iteration, once however many parts the batch is taken in; it is one ``of`` so many."""
 
     name: str
     layers: Mapping[str, FakeQuantized]
     loss: Loss
     attention: Mapping[str, AttentionQuantizer] = field(default_factory=dict)
     begin: Callable[[int], None] = lambda iteration: None
+    of: int = 1
 
     def weight_quantizers(self, kind: type[Quantizer]) -> list[Quantizer]:
         """Those of this kind among its layers'."""

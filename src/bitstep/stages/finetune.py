@@ -23,10 +23,11 @@ TABLES = ("activation_scale", "activation_zero_point")
 
 @dataclass(frozen=True)
 class Step:
-    """One finished training step."""
+    """One finished training step, of a unit that is one of so many ``units`` of its phase."""
 
     phase: int
     unit: int
+    units: int
     name: str
     iteration: int
     iterations: int
@@ -78,7 +79,7 @@ def _train(unit: Unit, context: Context, phase: Phase, state: TrainingState) -> 
         while state.iteration < phase.iterations:
             loss = _step(unit, phase, state)
             state.iteration += 1
-            yield Step(state.phase, state.unit, unit.name, state.iteration, phase.iterations, loss)
+            yield Step(state.phase, state.unit, unit.of, unit.name, state.iteration, phase.iterations, loss)
     if phase.ema:
         load_trained_tensors(unit.trained, state.average)
 

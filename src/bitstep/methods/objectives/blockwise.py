@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +56,7 @@ class BlockwiseDistillation(Objective):
             most = max(positions.values())
             blocks = [block for block in blocks if max(positions[name] for name in block.layers) == most]
         for block in blocks[start:]:
-            yield _unit(block, context, phase, indices, self.emphasis)
+            yield replace(_unit(block, context, phase, indices, self.emphasis), of=len(blocks))
 
 
 def _of_every_step(context: Context, count: int) -> Tensor:
