@@ -184,7 +184,8 @@ BINARYDM_EBB = BINARY_BASELINE.model_copy(
         "weights": BinaryWeights(evolvable=True),
         "training": _trained_with(EvolvableBasis(), Mimicking()),
         "efforts": {
-            # over a hundred iterations the published penalty takes a tenth from the second scales
+            # over a hundred iterations the published penalty takes a tenth from the second scales, this one half, and
+            # no penalty more than their learning rate lets it; pressed to nothing, they end as well (docs/log.md)
             effort: {**settings, "training.0.techniques.0.penalty": 9.0}
             for effort, settings in BINARY_BASELINE.efforts.items()
         },
