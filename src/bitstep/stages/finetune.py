@@ -67,10 +67,10 @@ def finetune(context: Context, phases: Sequence[Phase], state: TrainingState) ->
 
 
 def _train(unit: Unit, context: Context, phase: Phase, state: TrainingState) -> Iterator[Step]:
-    if state.at_once is None:  # before techniques: a warm-up would begin with layers that keep less
-        state.at_once = samples_at_once(unit, phase)
     for technique in phase.techniques:
         unit = technique.applied(unit, context, phase)
+    if state.at_once is None:  # before an iteration begins: at a warm-up's first, layers keep less
+        state.at_once = samples_at_once(unit, phase)
     state.optimizers = optimizers(unit.trained, phase)
     restore_moments(state)
     if phase.ema and not state.average:
