@@ -6,6 +6,7 @@ takes from ``from_pretrained`` to its first image.
     python benchmarks/cpu.py                      # every row that benchmarks/results/cpu.json lacks, then the tables
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
     python benchmarks/cpu.py --out benchmarks/results/cpu-amx.json     # a machine with AMX has tables of its own
+    python benchmarks/cpu.py --avx2 --out benchmarks/results/cpu-avx2.json    # all runtimes held to AVX2
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
@@ -53,7 +54,13 @@ MODELS = {
     "D": "UNet of Stable Diffusion 1.5, 64x64 latents",
 }
 COMPARISONS = [("A", 1), ("A", 4), ("A", 16), ("B", 1), ("C", 1), ("D", 1)]
-PEER = "OpenVINO int8 + bf16"
+REFERENCES = ("OpenVINO int8 + bf16", "OpenVINO int8 + f32")  # times the first of them that runs
+AVX2 = {  # as bitstep's, oneDNN's and OpenVINO's, torch's and its MKL's variables say it
+    "BITSTEP_INSTRUCTION_SET": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 WIDTHS = {"bitstep W8A8": (8, 8), "bitstep W4A8": (4, 8), "bitstep W4A4": (4, 4), "bitstep W1A4": (1, 4)}
 SUMMARY = (
     "PyTorch eager fp32",
@@ -223,7 +230,7 @@ OURS: dict[str, Callable[[str, int], Denoise]] = {
 PEERS: dict[str, Callable[[str, int], Denoise]] = {
     "OpenVINO f32": partial(peer, runtime="openvino"),
     "OpenVINO int8 + f32": partial(peer, runtime="openvino-int8"),
-    PEER: partial(peer, runtime="openvino-int8-bf16"),
+    "OpenVINO int8 + bf16": partial(peer, runtime="openvino-int8-bf16"),
     "ONNX Runtime int8": partial(peer, runtime="onnxruntime-int8"),
     "torchao int8": partial(peer, runtime="torchao-int8"),
     "optimum-quanto int8": partial(peer, runtime="quanto-int8"),
@@ -389,13 +396,14 @@ def compare_first_images(rounds: int) -> list[dict[str, Any]]:
 def table(comparison: dict[str, Any], of: str = "") -> str:
     rows = comparison["rows"]
     median = {row["name"]: row["median_ms"] for row in rows if "median_ms" in row}
-    columns = ["runtime", "median ms", "quartiles apart ms", f"{PEER} = 1", "resident MB", "less imports MB"]
+    reference = next((name for name in REFERENCES if name in median), REFERENCES[0])
+    columns = ["runtime", "median ms", "quartiles apart ms", f"{reference} = 1", "resident MB", "less imports MB"]
     lines = []
     for row in sorted(rows, key=lambda row: row.get("median_ms", float("inf"))):
         if "failed" in row:
             lines.append([row["name"], row["failed"], "", "", "", ""])
             continue
-        ratio = f"{median[PEER] / row['median_ms']:.2f}x" if PEER in median else ""
+        ratio = f"{median[reference] / row['median_ms']:.2f}x" if reference in median else ""
         times = f"{row['median_ms']:.1f}", f"{row['spread_ms']:.1f}"
         lines.append([row["name"], *times, ratio, f"{row['resident_mb']:.0f}", f"{row['model_mb']:.0f}"])
     return f"### {comparison['model']}, batch {comparison['batch']}{of}\n\n{markdown(columns, lines)}"
@@ -423,12 +431,12 @@ def summary(results: dict[str, Any]) -> str:
     return markdown(["runtime", *(MODELS[name].partition(",")[0] for name in single)], lines)
 
 
-def machine() -> dict[str, Any]:
+def machine(avx2: bool) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     flags = [flag for flag in ("avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_int8", "avx_vnni") if flag in info]
     return {
         "cpu": processor(),
-        "flags": " ".join(flags) or "no AVX512",
+        "flags": "held to AVX2" if avx2 else " ".join(flags) or "no AVX512",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -444,6 +452,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=runtimes, default=runtimes, help="some take long to build")
     parser.add_argument("--rounds", type=int, default=20, help="visits to every runtime, of 5 calls each")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the other runtimes")
+    parser.add_argument("--avx2", action="store_true", help="let no runtime use more")
     parser.add_argument("--out", type=lambda path: Path(path).resolve(), default=RESULTS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -453,7 +462,9 @@ def main() -> None:
     if arguments.first_image:
         first_image(arguments.first_image[0], float(arguments.first_image[1]))
         return
-    results: dict[str, Any] = {"machine": machine(), "comparisons": []}
+    if arguments.avx2:
+        os.environ |= AVX2  # of the processes to come
+    results: dict[str, Any] = {"machine": machine(arguments.avx2), "comparisons": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     comparisons = results["comparisons"]
