@@ -387,7 +387,12 @@ def test_the_moving_average_starts_at_the_initial_scales_and_ends_in_the_paramet
 def test_weights_decay_and_scales_do_not() -> None:
     _, context, _ = prepared()
     built = optimizers(context.trained, PHASE.model_copy(update={"weight_decay": 0.3}))
-    decays = {id(p): group.get("weight_decay", 0.0) for opt in built for group in opt.param_groups for p in group["params"]}
+    decays = {
+        id(parameter): group.get("weight_decay", 0.0)
+        for optimizer in built
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     found = {
         (role, decays[id(parameter)])
         for layer in context.layers.values()
