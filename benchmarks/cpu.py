@@ -6,7 +6,7 @@ takes from ``from_pretrained`` to its first image.
     python benchmarks/cpu.py                      # every row that benchmarks/results/cpu.json lacks, then the tables
     python benchmarks/cpu.py --only A1 --rounds 3 --out smoke.json
     python benchmarks/cpu.py --out benchmarks/results/cpu-amx.json     # a machine with AMX has tables of its own
-    python benchmarks/cpu.py --avx2 --out benchmarks/results/cpu-avx2.json    # all runtimes held to AVX2
+    python benchmarks/cpu.py --avx2               # the same for benchmarks/results/cpu-avx2.json, all held to AVX2
 
 Each runtime lives in a process of its own and is visited in turn, so that all rows of a table see the same machine;
 the medians over all rounds are kept. Weights are random: only shapes and bits matter. Every layer has the bits that
@@ -453,8 +453,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="visits to every runtime, of 5 calls each")
     parser.add_argument("--peers", default=sys.executable, help="the interpreter that has the other runtimes")
     parser.add_argument("--avx2", action="store_true", help="let no runtime use more")
-    parser.add_argument("--out", type=lambda path: Path(path).resolve(), default=RESULTS)
+    parser.add_argument("--out", type=lambda path: Path(path).resolve())
     arguments = parser.parse_args()
+    arguments.out = arguments.out or (RESULTS.with_name("cpu-avx2.json") if arguments.avx2 else RESULTS)
     if arguments.worker:
         runtime, name, batch, kind = arguments.worker
         work(runtime, name, int(batch), kind == "pipeline")

@@ -61,14 +61,15 @@ typedef struct {
 // Without table, granule is 4 and a byte is a code: weight = code - zero (2 code - 1 for one bit, zero 1).
 // With a table, granule is 16, bits is 4, and a byte holds the signs of input channels 4 i .. 4 i + 3: byte 4 c + i, with
 // zero -16 i, if the table takes them beside, and byte 16 i + c, with zero 0, if apart.
+enum bitstep_table_kind { BITSTEP_TABLE_NONE, BITSTEP_TABLE_BESIDE, BITSTEP_TABLE_APART };
 typedef struct {
   int32_t out_channels, padded_channels;
   int32_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int32_t bits;     // 1, 2, 4 or 8: bits of memory per byte of a block
   int32_t bases;    // 1 or 2
   int32_t panel;    // columns per panel
-  int32_t table;    // 0, or the weight is an index into tables of signed sums, which takes them 1 beside, 2 apart
-  int32_t largest;  // absolute value of a weight; or more
+  int32_t table;    // a bitstep_table_kind: whether the weight is an index into tables of signed sums
+  int32_t largest;  // absolute value of a weight, at most
   const uint8_t* weight;
   const int8_t* zero;       // [columns][64]
   const int32_t* sum;       // [columns][16]: the sum of a channel's weights

@@ -4,9 +4,9 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 
 #if defined(BITSTEP_TABLES)
-constexpr int32_t kTable = 2;
+constexpr int32_t kTable = BITSTEP_TABLE_APART;
 #else
-constexpr int32_t kTable = 0;
+constexpr int32_t kTable = BITSTEP_TABLE_NONE;
 #endif
 
 const Clone clone = {kTable, quantize,     convolve,      group_norm,

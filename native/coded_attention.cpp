@@ -104,11 +104,11 @@ void attend_codes(const bitstep_attention_shape& shape, const bitstep_step* step
         I most[2] = {splat(-INT_MAX), splat(-INT_MAX)};
         for (int64_t key = 0; key < shape.keys; key += kRows) {  // keys beyond the last are zero in memory
           multiply<Kind>(keys + key * heads.width, heads.width, tile.queries(), heads.groups,
-                          [&](int r, int half, I sums) {
-                            const I logit = sums + splat(of_keys[key + r]);
-                            if (key + r < shape.keys) most[half] = logit > most[half] ? logit : most[half];
-                            store(logits + (key + r) * kWide + half * kLanes, (F)logit);
-                          });
+                         [&](int r, int half, I sums) {
+                           const I logit = sums + splat(of_keys[key + r]);
+                           if (key + r < shape.keys) most[half] = logit > most[half] ? logit : most[half];
+                           store(logits + (key + r) * kWide + half * kLanes, (F)logit);
+                         });
         }
         F total[2];
         exponentiate(logits, shape.keys, most, shape.scale * query.scale() * key_coder.scale(), total);

@@ -42,8 +42,8 @@ class Convolution {
 #endif
 #if defined(BITSTEP_WORDS)
     const int64_t pair = int64_t{2} * step_.top * layer_.largest;
-    if (pair * Words::kRoom <= kLargestWord) return run<Words>(codes, epilogue, y, threads);
-    if (pair <= kLargestWord) return run<Pairs>(codes, epilogue, y, threads);
+    if (pair * Words::kRoom <= INT16_MAX) return run<Words>(codes, epilogue, y, threads);
+    if (pair <= INT16_MAX) return run<Pairs>(codes, epilogue, y, threads);
 #endif
     run<Bytes>(codes, epilogue, y, threads);
   }

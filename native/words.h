@@ -8,8 +8,6 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-constexpr int32_t kLargestWord = 32767;
-
 // For pairs of products that fit a word.
 struct Pairs : Bytes {
   template <int V>

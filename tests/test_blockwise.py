@@ -15,7 +15,7 @@ from bitstep.denoiser.calls import Call, run
 from bitstep.methods.base import Context, LearningRates, Method, Unit
 from bitstep.methods.baselines import MSE
 from bitstep.methods.dilatequant import DILATEQUANT
-from bitstep.methods.objectives.blockwise import BlockwiseDistillation
+from bitstep.methods.objectives.blockwise import BlockwiseDistillation, of_every_step
 from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.weights import WeightQuantizer
@@ -75,6 +75,16 @@ def test_every_trained_layer_and_attention_has_one_block(tmp_path: Path) -> None
         assert sorted(owned) == sorted(getattr(context, part))
     assert [unit.name for unit in units_of(context, start=3)] == [unit.name for unit in units[3:]]
     assert {unit.of for unit in units_of(context, start=3)} == {len(units)}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_samples_are_of_every_timestep(count: int) -> None:
+    _, pool = recorded("ddim")
+    chosen = of_every_step(pool, count, seed=0)
+    times = pool.step_of[chosen].bincount(minlength=len(pool.timesteps))
+    assert len(chosen.unique()) == count
+    assert times.min() >= count // len(pool.timesteps)
+    assert times.max() <= -(-count // len(pool.timesteps))
 
 
 def test_the_input_is_what_the_trained_blocks_before_return(tmp_path: Path) -> None:

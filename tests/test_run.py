@@ -83,6 +83,7 @@ def test_the_plan_says_what_was_packed(teacher: str, tmp_path: Path) -> None:
     assert {layer["bases"] for layer in plan["layers"]} == {1}  # each had a second one while it was trained
     average = f"{inspect(out)['average_weight_bits']:.4g} bits a weight"
     assert [line for line in said.lines if f"quantized, {average}" in line]
+    assert [line for line in said.lines if line.endswith("bits a weight on average, not 1")]  # said before the work
 
 
 @pytest.mark.parametrize("rule", ["activation_bits: 8", "activation_bits: 32", "skip: true"])

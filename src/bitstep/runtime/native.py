@@ -24,8 +24,11 @@ _listener: ContextVar[Callable[..., None] | None] = ContextVar("listener", defau
 
 
 class Table(IntEnum):
-    """What a layer's ``table`` makes of its weights: nothing, or indices of four signs each into tables of sums, those
-    for the four groups of a granule of 16 channels beside each other, or apart by the 16 output channels."""
+    """``bitstep_table_kind``: what a layer's ``table`` makes of its weights.
+
+    Nothing; or indices of four signs each into tables of sums, those for the four groups of a granule of 16 channels
+    beside each other, or apart by the 16 output channels.
+    """
 
     NONE = 0
     BESIDE = 1

@@ -90,8 +90,7 @@ def prepare(
     if plan.average_weight_bits > NOTABLY_MORE * weight_bits:
         average = f"{plan.average_weight_bits:.4g} bits a weight"
         progress.line(f"layers that keep more bits make it {average} on average, not {weight_bits:g}")
-    rewritable = {layer.name for layer in plan.layers if layer.trained and method.rewrites}
-    names = [layer.name for layer in plan.layers if layer.activation_bits is not None or layer.name in rewritable]
+    names = [x.name for x in plan.layers if x.activation_bits is not None or (x.trained and method.rewrites)]
     sites = [site.name for site in plan.attention]
     observed = Observations()
     if names or sites:

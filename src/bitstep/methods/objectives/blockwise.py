@@ -30,6 +30,7 @@ from bitstep.denoiser.structure import Block
 from bitstep.methods.base import ALL, Context, Objective, Phase, Unit
 from bitstep.randomness import draw
 from bitstep.trajectories.block_calls import BlockCalls
+from bitstep.trajectories.pool import Pool
 
 
 class BlockwiseDistillation(Objective):
@@ -48,7 +49,7 @@ class BlockwiseDistillation(Objective):
     leave: NonNegativeInt = 0
 
     def units(self, context: Context, phase: Phase, start: int) -> Iterator[Unit]:
-        indices = _of_every_step(context, self.samples)
+        indices = of_every_step(context.pool, self.samples, context.seed)
         blocks = context.blocks()
         blocks = blocks[: max(0, len(blocks) - self.leave)]
         if self.full_resolution:
@@ -59,12 +60,12 @@ class BlockwiseDistillation(Objective):
             yield replace(_unit(block, context, phase, indices, self.emphasis), of=len(blocks))
 
 
-def _of_every_step(context: Context, count: int) -> Tensor:
+def of_every_step(pool: Pool, count: int, seed: int) -> Tensor:
     """``count`` samples of one form, as the files of a block hold inputs of one shape, at random, but of every timestep
     one before there is a second: what is trained per timestep is trained at all."""
-    alike = context.pool.commonest
-    shuffled = alike[draw(len(alike), len(alike), context.seed, "blockwise", 0)]
-    steps = context.pool.step_of[shuffled]
+    alike = pool.commonest
+    shuffled = alike[draw(len(alike), len(alike), seed, "blockwise", 0)]
+    steps = pool.step_of[shuffled]
     nth = functional.one_hot(steps).cumsum(0).gather(1, steps[:, None]).flatten()  # of its timestep
     return shuffled[nth.argsort(stable=True)[:count]]
 
