@@ -38,29 +38,65 @@ void times_sums(int factor, const int8_t* rows, int64_t count, int64_t size, int
 template <class Code>
 I code_in_fours(const Code& code, int count, int32_t* out) {
   I total{};
-  for (int first = 0; first < count; first += Bytes::kShare, out += kWide) {
-    store(out, join<Bytes>([&](int i) {
-            const I one = first + i < count ? code(first + i) : I{};
-            total += one;
-            return one;
-          }));
-  }
+  const auto take = [&](int first, int share) {
+    I joined = code(first);
+    for (int i = 1; i < share; ++i) joined |= code(first + i) << 8 * i;
+    total = dot4(total, joined, splat(0x01010101));
+    store(out + first / Bytes::kShare * kWide, joined);
+  };
+  const int rest = count % Bytes::kShare;
+  for (int first = 0; first < count - rest; first += Bytes::kShare) take(first, Bytes::kShare);
+  if (rest) take(count - rest, rest);
   return total;
 }
 
-// e**(step * (logits - their largest)), [keys][kWide], in place of the logits; the sums over the keys.
-void exponentiate(float* logits, int64_t keys, const I (&most)[2], float step, F (&total)[2]) {
-  const F slope = splat(step * 1.44269504f);
-  total[0] = total[1] = F{};
-  for (int64_t key = 0; key < keys; ++key) {
+// The softmax of a tile's queries over all keys. Powers are of differences to the largest logit so far, which a factor
+// for every block of keys makes up for when all are known.
+class Softmax {
+ public:
+  // step: of the logits
+  Softmax(float step, int64_t keys)
+      : slope_(splat(step * 1.44269504f)),
+        powers_(static_cast<float*>(scratch(Slot::kPowers, keys * kWide * sizeof(float)))),
+        origins_(static_cast<int32_t*>(scratch(Slot::kOrigins, keys / kBlockKeys * kWide * sizeof(int32_t)))) {}
+
+  // Take the logits [count][kWide] of a block of keys.
+  void take(int64_t block, const int32_t* logits, int64_t count, const I (&most)[2]) {
+    F total[2];
     for (int half = 0; half < 2; ++half) {
-      float* at = logits + key * kWide + half * kLanes;
-      const F power = exp2(to_float((I)load(at) - most[half]) * slope);
-      total[half] += power;
-      store(at, power);
+      total[half] = total_[half] * since(most_[half], most[half]);
+      store(origins_ + block * kWide + half * kLanes, most_[half] = most[half]);
     }
+    float* power = powers_ + block * kBlockKeys * kWide;
+    for (int64_t key = 0; key < count; ++key, power += kWide, logits += kWide) {
+      for (int half = 0; half < 2; ++half) {
+        const F one = since(load(logits + half * kLanes), most[half]);
+        total[half] += one;
+        store(power + half * kLanes, one);
+      }
+    }
+    for (int half = 0; half < 2; ++half) total_[half] = total[half];
   }
-}
+
+  // The probability of a query of a half and a key of a block, once all are taken.
+  auto probabilities(int64_t block, int half) const {
+    const F factor = since(load(origins_ + block * kWide + half * kLanes), most_[half]) / total_[half];
+    const float* powers = powers_ + block * kBlockKeys * kWide + half * kLanes;
+    return [factor, powers](int key) { return load(powers + key * kWide) * factor; };
+  }
+
+  I most(int half) const { return most_[half]; }
+
+ private:
+  // e**(the difference of logits)
+  F since(I logit, I most) const { return exp2(to_float(logit - most) * slope_); }
+
+  const F slope_;
+  float* const powers_;
+  int32_t* const origins_;
+  I most_[2] = {splat(-INT_MAX / 2), splat(-INT_MAX / 2)};
+  F total_[2] = {};
+};
 
 template <class Kind>
 void attend_codes(const bitstep_attention_shape& shape, const bitstep_step* steps, const float* q, const float* k,
@@ -99,32 +135,35 @@ void attend_codes(const bitstep_attention_shape& shape, const bitstep_step* step
           tile.read(q + at, half);
           tile.round(half, query);
         }
-        auto* logits = static_cast<float*>(scratch(Slot::kLogits, heads.keys * kWide * sizeof(float)));
         const int32_t* of_keys = key_sums + head * heads.keys;
-        I most[2] = {splat(-INT_MAX), splat(-INT_MAX)};
-        for (int64_t key = 0; key < shape.keys; key += kRows) {  // keys beyond the last are zero in memory
-          multiply<Kind>(keys + key * heads.width, heads.width, tile.queries(), heads.groups,
-                         [&](int r, int half, I sums) {
-                           const I logit = sums + splat(of_keys[key + r]);
-                           if (key + r < shape.keys) most[half] = logit > most[half] ? logit : most[half];
-                           store(logits + (key + r) * kWide + half * kLanes, (F)logit);
-                         });
+        Softmax softmax(shape.scale * query.scale() * key_coder.scale(), heads.keys);
+        alignas(64) int32_t logits[kBlockKeys * kWide];
+        for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
+          const int64_t count = std::min(kBlockKeys, shape.keys - begin);
+          I most[2] = {softmax.most(0), softmax.most(1)};
+          for (int64_t key = 0; key < count; key += kRows) {  // keys beyond the last are zero in memory
+            multiply<Kind>(keys + (begin + key) * heads.width, heads.width, tile.queries(), heads.groups,
+                           [&](int r, int half, I sums) {
+                             const I logit = sums + splat(of_keys[begin + key + r]);
+                             if (key + r < count) most[half] = logit > most[half] ? logit : most[half];
+                             store(logits + (key + r) * kWide + half * kLanes, logit);
+                           });
+          }
+          softmax.take(begin / kBlockKeys, logits, count, most);
         }
-        F total[2];
-        exponentiate(logits, shape.keys, most, shape.scale * query.scale() * key_coder.scale(), total);
-        const F inverse[2] = {1.0f / total[0], 1.0f / total[1]};
         alignas(64) int32_t weights[kBlockKeys / Kind::kShare * kWide];
         for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
+          const int64_t block = begin / kBlockKeys;
           const int count = static_cast<int>(std::min(kBlockKeys, shape.keys - begin));
           I rest[2];
           for (int half = 0; half < 2; ++half) {
-            const auto code = [&](int key) {
-              return probability(load(logits + (begin + key) * kWide + half * kLanes) * inverse[half]);
+            const auto code = [&probability, of = softmax.probabilities(block, half)](int key) {
+              return probability(of(key));
             };
             rest[half] = (code_in_fours(code, count, weights + half * kLanes) - count * probability.zero()) *
                          (half_of(steps[kValue]) - value.zero());
           }
-          const int32_t* of_values = value_sums + (head * blocks + begin / kBlockKeys) * heads.width;
+          const int32_t* of_values = value_sums + (head * blocks + block) * heads.width;
           tile.mix(values + begin * heads.width, weights, divide_up(count, Kind::kShare),
                    [&](F mixed, int64_t c, int half, I sums) {
                      return mixed + to_float(sums + splat(of_values[c]) + rest[half]);

@@ -9,13 +9,14 @@ namespace bitstep {
 namespace BITSTEP_CLONE {
 namespace {
 
-// 2**x within a relative 3e-7, 2**-126 for x below that (a polynomial fitted on [-1/2, 1/2]).
+// 2**x within a relative 3e-7, 2**-126 for x below that, x below 127 (a polynomial fitted on [-1/2, 1/2]).
 inline F exp2(F x) {
   x = max(x, splat(-126.0f));
-  const F n = round(x), r = x - n;
+  const F magic = splat(12582912.0f);  // 1.5 * 2**23, in whose last bits a sum has its integer
+  const F shifted = x + magic, r = x - (shifted - magic);
   F p = splat(1.32764895e-3f);
   for (const float c : {9.67554743e-3f, 5.55071328e-2f, 2.40221196e-1f, 6.93146967e-1f, 1.0f}) p = p * r + splat(c);
-  return scale_by_power(p, n);
+  return (F)((I)p + ((I)shifted << 23));
 }
 
 // e**x, x at most 88; the error of x log2(e) makes it a relative 1e-7 |x|.

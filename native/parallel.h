@@ -21,7 +21,7 @@ void parallel_for(int64_t count, int threads, const Body& body) {
 // std::bad_alloc where there is none, which parallel hands on from its threads.
 enum class Slot {
   kCodes, kGroupNorm, kMoments, kPanel, kTables, kOffsets, kFactors, kKeys, kKeySteps, kKeySums, kValues,
-  kValueSteps, kValueSums, kQueryRows, kQueries, kMixed, kLogits, kGradients, kCount
+  kValueSteps, kValueSums, kQueryRows, kQueries, kMixed, kPowers, kOrigins, kGradients, kCount
 };
 void* scratch(Slot slot, size_t bytes);
 

@@ -40,8 +40,6 @@ inline void store(float* p, F x, int count);
 inline F round(F x);
 inline F max(F a, F b);
 inline F min(F a, F b);
-// x * 2**n, n integral and above -127.
-inline F scale_by_power(F x, F n);
 // 1 / x within a relative 2e-7; x positive, and neither it nor its reciprocal subnormal.
 inline F reciprocal(F x);
 // Nearest int32, ties to even; x is in range.
@@ -85,7 +83,6 @@ inline void store(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(cou
 inline F round(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-inline F scale_by_power(F x, F n) { return (F)_mm512_scalef_ps((__m512)x, (__m512)n); }
 inline F reciprocal(F x) {
   const F r = (F)_mm512_rcp14_ps((__m512)x);
   return r * (2.0f - x * r);
@@ -121,7 +118,6 @@ inline void store(float* p, F x, int count) { _mm256_maskstore_ps(p, first(count
 inline F round(F x) { return (F)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-inline F scale_by_power(F x, F n) { return x * (F)(((I)_mm256_cvtps_epi32((__m256)n) + 127) << 23); }
 inline F reciprocal(F x) {
   const F r = (F)_mm256_rcp_ps((__m256)x);
   return r * (2.0f - x * r);
@@ -199,7 +195,6 @@ inline F round(F x) {
 }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
-inline F scale_by_power(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
 inline F reciprocal(F x) { return 1.0f / x; }
 inline I to_int(F x) { return __builtin_convertvector(round(x), I); }
 inline void store_bytes(uint8_t* p, I x, int count) {

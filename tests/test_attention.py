@@ -168,7 +168,7 @@ def test_a_processor_that_goes_round_the_quantizers_is_noticed() -> None:
 @pytest.mark.parametrize("per_step", [True, False])
 def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_path: Path) -> None:
     fitted, pool = student(name, per_step)
-    call, _ = pool.batch([0, 3])  # of two timesteps
+    call, _ = pool.batch(range(6))  # of three timesteps
     with torch.no_grad():
         expected = run(fitted.denoiser, call)
     assert fitted.attention
@@ -183,8 +183,8 @@ def test_packed_attention_equals_fake_attention(name: str, per_step: bool, tmp_p
             torch.testing.assert_close(run(model, call), expected, rtol=1e-4, atol=1e-5)
     set_backend(loaded)  # nothing fused may lose the rounding
     with torch.no_grad():
-        error = (run(loaded, call) - expected).norm() / expected.norm()
-    assert error < 0.05
+        apart = (run(loaded, call) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert apart.median() < 1e-3  # next to a tie a code may fall the other way, which four bits carry far in its sample
     if name == "ddim":
         facts = api.inspect(tmp_path)
         attention_macs = sum(site.macs for site in fitted.plan.attention)

@@ -88,6 +88,21 @@ def test_the_channels_that_set_a_range_stay() -> None:
     assert dilation(weight).tolist() == [1.0, 2.0, 1.0, CAP]
 
 
+def test_symmetric_dilation_keeps_magnitudes() -> None:
+    weight = torch.tensor([[4.0, 1.0, -0.5, -2.0], [1.0, 0.5, -0.5, 0.0]])
+    assert dilation(weight).tolist() == [1.0, 2.0, 1.0, 1.0]
+    assert dilation(weight, symmetric=True).tolist() == [1.0, 2.0, 2.0, 2.0]
+    for name in LAYERS:
+        layer, groups, _ = uneven(name)
+        wider = dilation(layer.weight, groups, symmetric=True)
+        assert bool((wider >= dilation(layer.weight, groups)).all())
+        before, after = (
+            search_range(w.flatten(1), 4, symmetric=True, method="minmax")
+            for w in (layer.weight, stretched(layer.weight, wider, groups))
+        )
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
 def test_range_aware_dilation_reaches_the_same_range_with_less() -> None:
     scale = torch.tensor([1.0, 2.0, 4.0, 4.0])
     ranges = torch.tensor([3.0, 8.0, 8.0, 1.0])

@@ -53,14 +53,16 @@ class Smoothing(Rewrite):
 class Dilation(Rewrite):
     """Weight dilation (DilateQuant, arXiv 2409.14307) by the paper's rule.
 
+    symmetric: keep only the larger end of every weight's range, on which alone symmetric weights' steps depend
     range_aware: stretch no channel further than the range of the input can follow
     """
 
     kind: Literal["dilation"] = "dilation"
+    symmetric: bool = False
     range_aware: bool = False
 
     def scale(self, weight: Tensor, groups: int, channel_range: Tensor, parts: tuple[int, ...]) -> Tensor:
-        scale = dilation(weight, groups)
+        scale = dilation(weight, groups, self.symmetric)
         return range_aware(scale, channel_range) if self.range_aware else scale
 
 

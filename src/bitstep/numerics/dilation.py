@@ -3,7 +3,8 @@
     Y = (X / s) (s W),   s >= 1 per input channel
 
 Every output channel keeps its largest and smallest weight, hence the step size that covers both, while the weights
-below them use more of the grid and the input they meet shrinks. (A step that is searched for may move a little, as the
+below them use more of the grid and the input they meet shrinks. The step of symmetric weights depends on the larger of
+the two alone, so that more channels can be stretched, and further. (A step that is searched for may move a little, as the
 weights between have.) The variance of the rounding error of one output is
 
     d_x'^2 / 12 * sum_k s_k^2 |W_k|^2  +  sum_k d_w^2 / 12 * E[x_k^2] / s_k^2
@@ -21,15 +22,19 @@ CAP = 16.0
 """The most a channel is stretched: one with hardly any weight would otherwise be shrunk to nothing."""
 
 
-def dilation(weight: Tensor, groups: int = 1) -> Tensor:
+def dilation(weight: Tensor, groups: int = 1, symmetric: bool = False) -> Tensor:
     """The largest s, float32 ``[in]``, 1 <= s <= ``CAP``, that widens the range of no output channel of ``weight``.
 
     weight: ``[out, in / groups, *kernel]``. With hi_o and lo_o the largest and the smallest weight of output channel o,
+    or, if ``symmetric``, its largest magnitude and the negative of that,
 
         s_k = min over o and the kernel of  hi_o / w  where w > 0,  lo_o / w  where w < 0
     """
     w = weight.detach().float().reshape(groups, len(weight) // groups, weight.shape[1], -1)
     high, low = w.amax((2, 3), keepdim=True), w.amin((2, 3), keepdim=True)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     room = torch.where(w > 0, high / w, low / w)
     return room.masked_fill_(w == 0, torch.inf).amin((1, 3)).flatten().clamp(1, CAP)
 
