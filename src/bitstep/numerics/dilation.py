@@ -4,8 +4,8 @@
 
 Every output channel keeps its largest and smallest weight, hence the step size that covers both, while the weights
 below them use more of the grid and the input they meet shrinks. The step of symmetric weights depends on the larger of
-the two alone, so that more channels can be stretched, and further. (A step that is searched for may move a little, as the
-weights between have.) The variance of the rounding error of one output is
+the two alone, so that more channels can be stretched, and further. (A step that is searched for may move a little, as
+the weights between have.) The variance of the rounding error of one output is
 
     d_x'^2 / 12 * sum_k s_k^2 |W_k|^2  +  sum_k d_w^2 / 12 * E[x_k^2] / s_k^2
 
