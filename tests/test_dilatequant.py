@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import blocks
+from bitstep.methods.base import Rewrite
+from bitstep.methods.baselines import MSE
+from bitstep.methods.best import BEST_ADAPTERS
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.rewrites import Dilation, Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, stretched
@@ -20,6 +23,7 @@ from bitstep.quantizers.activations import ActivationQuantizer
 from bitstep.quantizers.layers import FakeQuantized
 from bitstep.quantizers.weights import DenseWeight, UniformWeight, WeightQuantizer
 from bitstep.stages.calibrate import stream
+from bitstep.stages.load import load
 from bitstep.stages.prepare import prepare
 from bitstep.stages.rewrite import scales_of, stretch_of
 
@@ -183,3 +187,18 @@ def test_norms_and_layers_that_only_rewritten_layers_read_take_the_reciprocals(n
     ours, theirs = (outputs_of(model, names, call) for model in (student.denoiser, given.denoiser))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # block-wise distillation compares them
     torch.testing.assert_close(run(student.denoiser, call), target, rtol=1e-4, atol=1e-5)
+
+
+def test_stretching_as_far_as_symmetric_weights_allow_pays_on_the_bundled_model() -> None:
+    """Rounding alone, on trajectories that calibration has not seen."""
+    given = load("demo:fruits32")
+    pool, held_out = (next(stream(given, images=8, batch_size=8, steps=6, seed=seed)) for seed in (0, 1))
+    call, target = held_out.batch(range(len(held_out)))
+
+    def error(rewrites: tuple[Rewrite, ...]) -> float:
+        method = MSE.model_copy(update={"rewrites": rewrites})
+        student = prepare(given.denoiser, pool, method, weight_bits=6, activation_bits=6)
+        with torch.no_grad():
+            return float((run(student.denoiser, call) - target).square().mean())
+
+    assert error(BEST_ADAPTERS.rewrites) < 0.9 * error((Smoothing(),))
