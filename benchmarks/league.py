@@ -24,7 +24,7 @@ SEVERAL = ("W4A4", "W1A4", "W1.1A4")  # of these the table shows the spread
 EVERYTHING = ["attention.quantized=true"]  # what makes efficientdm's coverage that of dilatequant
 SMOOTHING = "rewrites=[{kind: smoothing}]"  # without dilation
 SYMMETRIC = "rewrites=[{kind: smoothing}, {kind: dilation, symmetric: true}]"
-OF_ADAPTERS = "rewrites=[{kind: smoothing, strength: 0.65}, {kind: dilation, symmetric: true}]"  # in `best`
+OF_WIDE = "rewrites=[{kind: smoothing, strength: 0.65}, {kind: dilation, symmetric: true}]"  # of best-wide
 FEW_BLOCKS = [  # by themselves, and the last six together for longer
     "training.0.objective.full_resolution=true",
     "training.0.objective.leave=6",
@@ -44,7 +44,7 @@ ABLATIONS = (
     ("best", "W8A8", [SMOOTHING]),
     ("best", "W6A6", [SMOOTHING]),
     ("best", "W4A8", [SMOOTHING]),
-    ("best", "W4A8", [OF_ADAPTERS]),
+    *(("best", bits, [OF_WIDE]) for bits in ("W4A8", "W4A4")),
     ("best", "W4A8", FEW_BLOCKS),
     ("dilatequant", "W4A4", ["training.1.iterations=1"]),  # without the last blocks' training together
     ("mse", "W4A4", ["output.preconditioned=true"]),

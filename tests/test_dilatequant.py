@@ -14,7 +14,7 @@ from bitstep.denoiser.calls import Call, run
 from bitstep.denoiser.structure import blocks
 from bitstep.methods.base import Rewrite
 from bitstep.methods.baselines import MSE
-from bitstep.methods.best import BEST_ADAPTERS
+from bitstep.methods.best import BEST_WIDE
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.rewrites import Dilation, Smoothing, SplitConcatenation
 from bitstep.numerics.dilation import CAP, dilation, range_aware, stretched
@@ -201,4 +201,4 @@ def test_stretching_as_far_as_symmetric_weights_allow_pays_on_the_bundled_model(
         with torch.no_grad():
             return float((run(student.denoiser, call) - target).square().mean())
 
-    assert error(BEST_ADAPTERS.rewrites) < 0.9 * error((Smoothing(),))
+    assert error(BEST_WIDE.rewrites) < 0.9 * error((Smoothing(),))

@@ -29,15 +29,19 @@ def test_full_effort_is_the_published_setting() -> None:
 def test_best_is_what_wins_at_the_width(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: best\ncalibration: {images: 8}\n")
-    for bits in ("W6A6", "W8A8"):
-        assert resolve("best", bits, "full").method.name == "best-adapters"
-    for name, some in {"best-binary": ("W1A4", "W1.1A4", "W2A8"), "best-blocks": ("W3A8", "W4A4", "W4A32")}.items():
+    widths = {
+        "best-wide": ("W6A6", "W8A8"),
+        "best-blocks": ("W3A8", "W4A4", "W4A32"),
+        "best-binary": ("W1A4", "W1.1A4", "W2A8"),
+    }
+    for name, some in widths.items():
         for bits in some:
             wins = resolve(name, bits, "full")
             assert resolve("best", bits, "full") == wins
             assert resolve(path, bits, "full").method.weights == wins.method.weights
     assert resolve("best", "W4A4", "quick").method.name == "best-adapters"  # no time for every block
     assert resolve("best", "W2A8", "quick").method.name == "best-binary"
+    assert resolve("best", "W8A8", "quick").method.rewrites == resolve("best", "W8A8", "full").method.rewrites
 
 
 def test_overrides_reach_nested_slots() -> None:

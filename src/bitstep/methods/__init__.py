@@ -5,7 +5,7 @@ from __future__ import annotations
 from bitstep.methods.adaround import ADAROUND
 from bitstep.methods.base import Effort, Method
 from bitstep.methods.baselines import LSQ, MINMAX, MSE
-from bitstep.methods.best import BEST_ADAPTERS, BEST_BINARY, BEST_BLOCKS
+from bitstep.methods.best import BEST_ADAPTERS, BEST_BINARY, BEST_BLOCKS, BEST_WIDE
 from bitstep.methods.binarydm import BINARY_BASELINE, BINARYDM, BINARYDM_EBB
 from bitstep.methods.dilatequant import DILATEQUANT
 from bitstep.methods.efficientdm import EFFICIENTDM
@@ -20,6 +20,7 @@ METHODS = {
         EFFICIENTDM,
         DILATEQUANT,
         BEST_ADAPTERS,
+        BEST_WIDE,
         BINARY_BASELINE,
         BINARYDM,
         BINARYDM_EBB,
@@ -37,5 +38,6 @@ def method_named(name: str, weight_bits: float, activation_bits: int, effort: Ef
         return METHODS[name]
     if weight_bits <= 2:
         return BEST_BINARY
-    every_block_pays = weight_bits < activation_bits or activation_bits <= 4
-    return BEST_BLOCKS if every_block_pays and effort != "quick" else BEST_ADAPTERS
+    if weight_bits >= activation_bits > 4:
+        return BEST_WIDE
+    return BEST_ADAPTERS if effort == "quick" else BEST_BLOCKS

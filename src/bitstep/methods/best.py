@@ -1,9 +1,10 @@
 """What works best together, by width; ``best`` stands for the one that wins (:func:`bitstep.methods.method_named`).
 
-Weights as wide as activations: EfficientDM of layers that were smoothed, then dilated, and the output preconditioned.
-Narrower weights, and activations of at most four bits: DilateQuant, the last blocks trained together in the end, and
-such an output; at the quick effort, which has no time for every block, the former. One to two bits a weight: BinaryDM's
-bases and warm-up, activations with a zero point, EfficientDM's distillation, and such an output.
+Weights as wide as activations: EfficientDM, much of the inputs' ranges moved into the weights, and the output
+preconditioned. Narrower weights, and activations of at most four bits: DilateQuant, the last blocks trained together in
+the end, and such an output; at the quick effort, which has no time for every block, the former with less of the ranges
+moved. One to two bits a weight: BinaryDM's bases and warm-up, activations with a zero point, EfficientDM's
+distillation, and such an output.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from bitstep.methods.objectives.trajectory import TrajectoryDistillation
 from bitstep.methods.rewrites import Dilation, Smoothing
 from bitstep.methods.techniques.warm_up import WarmUp
 
-# More of the inputs' ranges goes over to the weights than in the short efforts of either paper's recipe: that pays with
-# adapters, and makes no difference where whole weights are trained (docs/log.md).
 BEST_ADAPTERS = EFFICIENTDM.model_copy(
+    update={"name": "best-adapters", "rewrites": (Smoothing(),), "output": Output(preconditioned=True)}
+)
+
+# wide weights can take more of the inputs' ranges; narrow ones pay for it on photographs (docs/log.md)
+BEST_WIDE = BEST_ADAPTERS.model_copy(
     update={
-        "name": "best-adapters",
+        "name": "best-wide",
         "rewrites": (Smoothing(strength=0.65), Dilation(symmetric=True)),
-        "output": Output(preconditioned=True),
         "efforts": {
             effort: {slot: value for slot, value in settings.items() if slot != "rewrites"}
-            for effort, settings in EFFICIENTDM.efforts.items()
+            for effort, settings in BEST_ADAPTERS.efforts.items()
         },
     }
 )
