@@ -135,13 +135,7 @@ void attend(const bitstep_attention_shape& shape, const float* q, const float* k
         for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
           const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           I most[2] = {softmax.most(0), softmax.most(1)};
-          for (int64_t key = 0; key < count; key += kRows) {  // keys beyond the last are zero in memory
-            multiply<Words>(keys + (begin + key) * heads.width, heads.width, tile.queries(), heads.groups,
-                            [&](int r, int half, I sums) {
-                              if (key + r < count) most[half] = sums > most[half] ? sums : most[half];
-                              store(logits + (key + r) * kWide + half * kLanes, sums);
-                            });
-          }
+          tile.logits(keys + begin * heads.width, count, [](int64_t, I sums) { return sums; }, logits, most);
           F correction[2];
           softmax.take(logits, count, most, probabilities, correction);
           tile.mix(values + begin * heads.width, probabilities, divide_up(count, Words::kShare),

@@ -39,8 +39,7 @@ template <class Code>
 I code_in_fours(const Code& code, int count, int32_t* out) {
   I total{};
   const auto take = [&](int first, int share) {
-    I joined = code(first);
-    for (int i = 1; i < share; ++i) joined |= code(first + i) << 8 * i;
+    const I joined = join<Bytes>([&](int i) { return i < share ? code(first + i) : I{}; });
     total = dot4(total, joined, splat(0x01010101));
     store(out + first / Bytes::kShare * kWide, joined);
   };
@@ -94,7 +93,7 @@ class Softmax {
   const F slope_;
   float* const powers_;
   int32_t* const origins_;
-  I most_[2] = {splat(-INT_MAX / 2), splat(-INT_MAX / 2)};
+  I most_[2] = {splat(-INT_MAX / 2), splat(-INT_MAX / 2)};  // any logit less that is an int32
   F total_[2] = {};
 };
 
@@ -135,20 +134,15 @@ void attend_codes(const bitstep_attention_shape& shape, const bitstep_step* step
           tile.read(q + at, half);
           tile.round(half, query);
         }
-        const int32_t* of_keys = key_sums + head * heads.keys;
         Softmax softmax(shape.scale * query.scale() * key_coder.scale(), heads.keys);
         alignas(64) int32_t logits[kBlockKeys * kWide];
         for (int64_t begin = 0; begin < shape.keys; begin += kBlockKeys) {
           const int64_t count = std::min(kBlockKeys, shape.keys - begin);
           I most[2] = {softmax.most(0), softmax.most(1)};
-          for (int64_t key = 0; key < count; key += kRows) {  // keys beyond the last are zero in memory
-            multiply<Kind>(keys + (begin + key) * heads.width, heads.width, tile.queries(), heads.groups,
-                           [&](int r, int half, I sums) {
-                             const I logit = sums + splat(of_keys[begin + key + r]);
-                             if (key + r < count) most[half] = logit > most[half] ? logit : most[half];
-                             store(logits + (key + r) * kWide + half * kLanes, logit);
-                           });
-          }
+          const auto logit = [of_keys = key_sums + head * heads.keys + begin](int64_t key, I sums) {
+            return sums + splat(of_keys[key]);
+          };
+          tile.logits(keys + begin * heads.width, count, logit, logits, most);
           softmax.take(begin / kBlockKeys, logits, count, most);
         }
         alignas(64) int32_t weights[kBlockKeys / Kind::kShare * kWide];

@@ -173,9 +173,6 @@ class Tile {
     std::fill(mixed_, mixed_ + heads.width * kWide, 0.0f);
   }
 
-  // [groups][kWide]: kShare channels of every query.
-  const int32_t* queries() const { return queries_; }
-
   // Read a half of the queries; the largest size of each.
   F read(const float* q, int half) {
     for (int i = 0; i < kLanes; ++i) heads_.fetch(q + row(half, i) * heads_.channels);
@@ -199,6 +196,19 @@ class Tile {
       const float* rows = rows_ + Kind::kShare * group * kLanes;
       const I joined = join<Kind>([&](int i) { return round(load(rows + i * kLanes)); });
       store(queries_ + group * kWide + half * kLanes, joined);
+    }
+  }
+
+  // The logits [count][kWide] of up to kBlockKeys keys: logit(key, its products with a half of the queries). `most` grows
+  // to the largest of every query. (Keys beyond the last are zero in memory.)
+  template <class Logit>
+  void logits(const typename Kind::Left* keys, int64_t count, const Logit& logit, int32_t* out, I (&most)[2]) const {
+    for (int64_t key = 0; key < count; key += kRows) {
+      multiply<Kind>(keys + key * heads_.width, heads_.width, queries_, heads_.groups, [&](int r, int half, I sums) {
+        const I one = logit(key + r, sums);
+        if (key + r < count) most[half] = one > most[half] ? one : most[half];
+        store(out + (key + r) * kWide + half * kLanes, one);
+      });
     }
   }
 
@@ -236,7 +246,7 @@ class Tile {
   const Heads<Kind>& heads_;
   const int count_;
   float* rows_;
-  int32_t* queries_;
+  int32_t* queries_;  // [groups][kWide]: kShare channels of every query
   float* mixed_;
 };
 
